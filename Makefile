@@ -1,0 +1,62 @@
+# Every command of this project. They share one private PostgreSQL (tests/db.sh), or the one that DATABASE_URL names.
+
+REFINERY := .tools/refinery-0.10.0/bin/refinery
+SQUAWK := .tools/squawk-2.70.0/bin/squawk
+DENY := .tools/cargo-deny-0.20.2/bin/cargo-deny
+
+.PHONY: help
+help: ## List these commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: db
+db: ## Start the private PostgreSQL of this checkout and print its DATABASE_URL
+	@tests/db.sh up
+
+.PHONY: migrate
+migrate: $(REFINERY) ## Bring the database to the newest schema, all of it or nothing
+	@url=$$(tests/db.sh up) && DATABASE_URL=$$url $(REFINERY) migrate -e DATABASE_URL -p sql -g -d -m
+
+.PHONY: psql
+psql: ## Open a shell on the database
+	@url=$$(tests/db.sh up) && tests/db.sh run psql "$$url"
+
+.PHONY: test
+test: $(REFINERY) ## Run every test, each on a database of its own
+	@url=$$(tests/db.sh up) && DATABASE_URL=$$url REFINERY=$(abspath $(REFINERY)) cargo test --locked
+
+.PHONY: check
+check: ## Look for what tests do not show: formatting, lints, lock hazards, licences
+	@cargo fmt --check
+	@$(MAKE) --no-print-directory lint
+
+.PHONY: lint
+lint: $(SQUAWK) $(DENY) ## Lint the Rust, the SQL and the dependencies
+	@cargo clippy --locked --all-targets --quiet -- --deny warnings
+	@$(SQUAWK) sql/*.sql
+	@$(DENY) --locked --log-level error check bans licenses sources
+
+.PHONY: audit
+audit: $(DENY) ## Look the dependencies up among the known vulnerabilities, which are fetched anew
+	@$(DENY) --locked check advisories
+
+.PHONY: fmt
+fmt: ## Format the Rust
+	@cargo fmt
+
+.PHONY: clean
+clean: ## Stop and remove the private PostgreSQL and what cargo built; the tools in .tools stay
+	@tests/db.sh down
+	@rm -rf target
+
+# Each tool lands in a folder that carries its version, so that another version here is another folder there.
+$(REFINERY):
+	@echo 'Building the refinery CLI in .tools. This takes some minutes, once.'
+	@cargo install refinery_cli --version 0.10.0 --no-default-features --features postgresql --locked --quiet \
+		--root .tools/refinery-0.10.0
+
+$(DENY):
+	@echo 'Building cargo-deny in .tools. This takes some minutes, once.'
+	@cargo install cargo-deny --version 0.20.2 --locked --quiet --root .tools/cargo-deny-0.20.2
+
+$(SQUAWK):
+	@python3 -m pip install --quiet --root-user-action ignore --target .tools/squawk-2.70.0 squawk-cli==2.70.0

@@ -1,0 +1,97 @@
+//! The commands around the database, as a developer types them.
+
+use std::fs;
+use std::net::TcpListener;
+use std::process::Command;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use crate::harness::{Cluster, in_checkout, printed, rows, run, succeed};
+
+#[tokio::test]
+async fn the_private_cluster_is_made_once_and_outlives_its_sessions() {
+    let cluster = Cluster::start();
+    run(&cluster.superuser().await, "create table kept (id integer)").await;
+    let again = succeed(Cluster::script(cluster.folder.path(), "up"), "");
+    assert_eq!(again.trim_end(), cluster.url);
+    rows(&cluster.superuser().await, "table kept").await;
+}
+
+#[tokio::test]
+async fn the_private_cluster_stops_and_goes() {
+    let cluster = Cluster::start();
+    succeed(Cluster::script(cluster.folder.path(), "down"), "");
+    assert!(!cluster.folder.path().join(".postgres").exists());
+    assert!(cluster.config.connect(tokio_postgres::NoTls).await.is_err());
+}
+
+#[tokio::test]
+async fn the_private_cluster_listens_on_loopback_and_asks_for_its_password() {
+    let cluster = Cluster::start();
+    let superuser = cluster.superuser().await;
+    let settings = "select setting from pg_settings \
+        where name in ('listen_addresses', 'unix_socket_directories') order by name";
+    assert_eq!(rows(&superuser, settings).await, ["127.0.0.1", ""]);
+    let refused = cluster
+        .config
+        .clone()
+        .password("wrong")
+        .connect(tokio_postgres::NoTls)
+        .await;
+    assert!(refused.is_err());
+}
+
+#[test]
+fn the_private_cluster_comes_back_after_a_stop_on_its_port_or_on_a_free_one() {
+    let cluster = Cluster::start();
+    stop(&cluster);
+    assert_eq!(
+        succeed(Cluster::script(cluster.folder.path(), "up"), "").trim_end(),
+        cluster.url
+    );
+    stop(&cluster);
+    let port = cluster.config.get_ports()[0];
+    let _taken = TcpListener::bind(("127.0.0.1", port)).expect("the port that the cluster left");
+    let moved = succeed(Cluster::script(cluster.folder.path(), "up"), "");
+    assert_ne!(moved.trim_end(), cluster.url);
+}
+
+/// Stops the server of a cluster behind the back of the script, as a reboot would.
+fn stop(cluster: &Cluster) {
+    let running = cluster.folder.path().join(".postgres/data/postmaster.pid");
+    let pid = fs::read_to_string(&running).expect("a running server");
+    let mut kill = Command::new("kill");
+    kill.args(["-INT", pid.lines().next().expect("a process id")]);
+    succeed(kill, "");
+    let begun = Instant::now();
+    while running.exists() {
+        assert!(
+            begun.elapsed() < Duration::from_secs(30),
+            "the server does not stop"
+        );
+        sleep(Duration::from_millis(10));
+    }
+}
+
+#[test]
+fn a_database_url_is_used_instead() {
+    let folder = tempfile::tempdir().expect("a folder");
+    fs::create_dir(folder.path().join("tests")).expect("a folder");
+    let script = in_checkout("tests/db.sh");
+    fs::copy(script, folder.path().join("tests/db.sh")).expect("a copy");
+    let mut up = Cluster::script(folder.path(), "up");
+    up.env("DATABASE_URL", "postgres://me@elsewhere/mine");
+    assert_eq!(succeed(up, ""), "postgres://me@elsewhere/mine\n");
+    assert!(!folder.path().join(".postgres").exists());
+}
+
+#[test]
+fn a_folder_without_a_server_is_refused_by_name() {
+    let mut up = Cluster::script(&in_checkout(""), "up");
+    let output = up.env("PG_BIN", "/nowhere").output().expect("the script");
+    assert!(!output.status.success());
+    assert_eq!(
+        printed(&output),
+        "db: PG_BIN=/nowhere holds no PostgreSQL server, 15 or later\n"
+    );
+}

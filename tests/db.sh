@@ -1,0 +1,154 @@
+#!/bin/sh
+# The PostgreSQL of this checkout: a private cluster in .postgres/, on loopback, on a port of its own that it remembers.
+#
+#   tests/db.sh up               start it where it does not run yet, and print its DATABASE_URL
+#   tests/db.sh run PROGRAM ...  run one of its programs: psql, pg_dump, pgbench
+#   tests/db.sh down             stop and remove it
+#
+# Where DATABASE_URL is set, `up` prints that and starts nothing. PG_BIN names the folder of the server programs to use.
+set -eu
+checkout=$(cd "$(dirname "$0")/.." && pwd)
+home=$checkout/.postgres
+
+say() { echo "db: $*" >&2; }
+fail() { say "$*"; exit 1; }
+
+# Prints the folder of the newest suitable server, or "docker" where there is only an engine to run one.
+find_server() {
+    for folder in \
+        "$(dirname "$(readlink -f "$(command -v initdb)" 2>/dev/null)" 2>/dev/null)" \
+        "$(pg_config --bindir 2>/dev/null)" \
+        $(printf '%s\n' /usr/lib/postgresql/*/bin /opt/homebrew/opt/postgresql@*/bin /usr/local/opt/postgresql@*/bin \
+            /home/linuxbrew/.linuxbrew/opt/postgresql@*/bin | sort -t/ -rV)
+    do
+        if is_server "$folder"; then echo "$folder"; return; fi
+    done
+    if docker compose version >/dev/null 2>&1 && docker info >/dev/null 2>&1; then echo docker; return; fi
+    fail "no PostgreSQL found: install the server (apt-get install postgresql, brew install postgresql@17), 15 or later," \
+        "or point PG_BIN at the folder that holds its initdb, or start Docker"
+}
+
+# Whether a folder holds the programs of a server of version 15 or later.
+is_server() {
+    [ -x "$1/initdb" ] && [ -x "$1/pg_ctl" ] && [ "$(major_version "$1")" -ge 15 ] 2>/dev/null
+}
+
+major_version() {
+    "$1/postgres" --version | sed 's/[^0-9]*\([0-9]*\).*/\1/'
+}
+
+# PostgreSQL refuses to run as root, so root hands its commands to the user postgres. That user may not be able to reach
+# the checkout by its path (/root/... is closed to it), but it can reach a folder that is already open.
+if [ "$(id -u)" = 0 ]; then
+    reach=/proc/self/fd/9
+    as_server() { (cd / && exec runuser -u postgres -- "$@") 9<"$home"; }
+else
+    reach=$home
+    as_server() { "$@"; }
+fi
+
+compose() {
+    DB_PORT=$(cat "$home/port") POSTGRES_PASSWORD=$(cat "$home/password") docker compose \
+        --file "$checkout/compose.yaml" --project-name "listing-api-$(printf %s "$home" | cksum | cut -d' ' -f1)" "$@"
+}
+
+# Below the range from which systems take the ports of outgoing connections.
+choose_port() {
+    echo $((15000 + $(od -An -N2 -tu2 /dev/urandom) % 17000)) > "$home/port"
+}
+
+create() {
+    server=${PG_BIN:-$(find_server)}
+    rm -rf "$home"
+    mkdir -m 700 "$home"
+    choose_port
+    od -An -N16 -tx1 /dev/urandom | tr -d ' \n' > "$home/password"
+    if [ "$server" != docker ]; then
+        if [ "$(id -u)" = 0 ]; then
+            id postgres >/dev/null 2>&1 || fail "PostgreSQL does not run as root and there is no user postgres to run it" \
+                "instead: create one with useradd --system postgres, or run this as another user"
+            chown -R postgres "$home"
+        fi
+        as_server "$server/initdb" --pgdata="$reach/data" --username=postgres --pwfile="$reach/password" \
+            --auth=scram-sha-256 --encoding=UTF8 --locale=C --no-sync >/dev/null
+        cat >> "$home/data/postgresql.conf" <<-'END'
+			listen_addresses = '127.0.0.1'
+			unix_socket_directories = ''
+			wal_level = logical
+		END
+        echo 'create database listing' | as_server "$server/postgres" --single -D "$reach/data" \
+            -c log_checkpoints=off postgres >/dev/null
+    fi
+    # Written last: a cluster without it was never finished, and is made anew.
+    echo "$server" > "$home/server"
+}
+
+# Starts the cluster. Its port may have been taken since it last ran; then it moves to another.
+start() {
+    for _ in 1 2 3 4 5; do
+        if as_server "$server/pg_ctl" --pgdata="$reach/data" --wait --log="$reach/server.log" \
+            --options="-p $(cat "$home/port")" start >/dev/null 2>&1
+        then
+            return
+        fi
+        tail -n 20 "$home/server.log" | grep -q 'could not bind' || break
+        say "port $(cat "$home/port") is taken, choosing another"
+        choose_port
+    done
+    tail -n 20 "$home/server.log" >&2
+    fail "PostgreSQL did not start: its last words are above, all of them in .postgres/server.log"
+}
+
+is_running() {
+    as_server "$server/pg_ctl" --pgdata="$reach/data" status >/dev/null 2>&1
+}
+
+up() {
+    if [ -n "${DATABASE_URL:-}" ]; then echo "$DATABASE_URL"; return; fi
+    [ -z "${PG_BIN:-}" ] || is_server "$PG_BIN" || fail "PG_BIN=$PG_BIN holds no PostgreSQL server, 15 or later"
+    if [ ! -f "$home/server" ]; then say "making a private PostgreSQL in .postgres"; create; fi
+    server=$(cat "$home/server")
+    if [ "$server" = docker ]; then
+        compose up --detach --wait db >&2
+    else
+        made_by=$(cat "$home/data/PG_VERSION")
+        server=${PG_BIN:-$server}
+        [ "$(major_version "$server")" = "$made_by" ] ||
+            fail "the cluster in .postgres was made by PostgreSQL $made_by, not by the one in $server: make clean removes it"
+        is_running || start
+    fi
+    echo "postgres://postgres:$(cat "$home/password")@127.0.0.1:$(cat "$home/port")/listing"
+}
+
+run() {
+    server=${PG_BIN:-$(cat "$home/server" 2>/dev/null || true)}
+    if [ "$server" = docker ] && [ -z "${DATABASE_URL:-}" ]; then
+        if [ -t 0 ]; then compose exec db "$@"; else compose exec -T db "$@"; fi
+    elif [ -x "$server/$1" ]; then
+        program=$server/$1
+        shift
+        exec "$program" "$@"
+    else
+        exec "$@"
+    fi
+}
+
+down() {
+    if [ -f "$home/server" ]; then
+        server=$(cat "$home/server")
+        if [ "$server" = docker ]; then
+            compose down --volumes >&2
+        elif is_running; then
+            as_server "$server/pg_ctl" --pgdata="$reach/data" --mode=immediate --timeout=15 stop >/dev/null ||
+                say "process $(head -n 1 "$home/data/postmaster.pid") did not end"
+        fi
+    fi
+    rm -rf "$home"
+}
+
+case ${1:-} in
+    up) up ;;
+    run) shift; run "$@" ;;
+    down) down ;;
+    *) sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+esac

@@ -1,0 +1,211 @@
+//! Each way in which the log can go wrong is reported with a statement that mends it.
+
+use crate::harness::{Database, assert_no_problem, insert_listing, rows, run, value};
+
+/// Makes a problem on a database where listing 1 costs 3 after 1 and 2 and listing 2 costs 5, asserts how it is reported,
+/// follows the advice to the letter, and asserts that all is well.
+async fn assert_reported_and_mended(break_it: &str, problem: &str, advice: &str) {
+    let db = Database::migrated().await;
+    run(&db.superuser, &insert_listing(1, "1")).await;
+    run(&db.superuser, &insert_listing(2, "5")).await;
+    run(
+        &db.superuser,
+        "update listing set price = 2 where id = 1; update listing set price = 3 where id = 1",
+    )
+    .await;
+    assert_no_problem(&db.superuser).await;
+
+    run(&db.superuser, break_it).await;
+    let reported = rows(
+        &db.superuser,
+        "select problem, listing_id, log_id from listing_price_log_problem",
+    )
+    .await;
+    assert_eq!(reported, [problem]);
+    let mend = value(&db.superuser, "select mend from listing_price_log_problem").await;
+    assert!(mend.starts_with(advice), "{mend}");
+
+    let (_, statement) = mend
+        .split_once(": ")
+        .expect("a statement behind the explanation");
+    let statement = statement
+        .split_once(": ")
+        .map_or(statement, |(_, statement)| statement);
+    run(&db.superuser, statement).await;
+    assert_no_problem(&db.superuser).await;
+    // The mended log goes on by itself.
+    run(
+        &db.superuser,
+        "reset session_replication_role; update listing set price = price + 1",
+    )
+    .await;
+    assert_no_problem(&db.superuser).await;
+}
+
+#[tokio::test]
+async fn a_listing_inserted_past_the_trigger() {
+    let insert = insert_listing(9, "9");
+    assert_reported_and_mended(
+        &format!(
+            "set session_replication_role = replica; {insert}; reset session_replication_role"
+        ),
+        "listing without a log|9|null",
+        "Listing 9 has no price in the log: it was inserted while the trigger did not fire.",
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn a_listing_deleted_past_the_foreign_key() {
+    assert_reported_and_mended(
+        "set session_replication_role = replica; delete from listing where id = 1; reset session_replication_role",
+        "log without a listing|1|4",
+        "Listing 1 is gone but its history is not",
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn a_price_changed_past_the_trigger() {
+    assert_reported_and_mended(
+        "set session_replication_role = replica; update listing set price = 9 where id = 1",
+        "last price differs|1|4",
+        "Listing 1 costs 9.00 but its last logged price is 3.00: it was changed while the trigger did not fire.",
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn a_row_removed_from_the_middle() {
+    assert_reported_and_mended(
+        "delete from listing_price_log where id = 3",
+        "broken chain|1|4",
+        "Row 4 of listing 1 says that the price before was 2.00, but row 1 before it says 1.00: what stood between was removed, or one of the two altered.",
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn a_price_altered_in_the_middle() {
+    assert_reported_and_mended(
+        "alter table listing_price_log disable trigger user; \
+         update listing_price_log set new_price = 2.5 where id = 3; \
+         alter table listing_price_log enable trigger user",
+        "broken chain|1|4",
+        "Row 4 of listing 1 says that the price before was 2.00, but row 3 before it says 2.50",
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn an_old_price_erased_in_the_middle() {
+    assert_reported_and_mended(
+        "alter table listing_price_log disable trigger user; \
+         update listing_price_log set old_price = null where id = 3; \
+         alter table listing_price_log enable trigger user",
+        "broken chain|1|3",
+        "Row 3 of listing 1 says that the price before was nothing, but row 1 before it says 1.00",
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn a_row_removed_from_the_end() {
+    assert_reported_and_mended(
+        "delete from listing_price_log where id = 4",
+        "last price differs|1|3",
+        "Listing 1 costs 3.00 but its last logged price is 2.00",
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn a_whole_history_removed() {
+    assert_reported_and_mended(
+        "delete from listing_price_log where listing_id = 1",
+        "listing without a log|1|null",
+        "Listing 1 has no price in the log",
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn a_disabled_trigger() {
+    assert_reported_and_mended(
+        "alter table listing disable trigger listing_price_logged_on_insert",
+        "trigger not enabled|null|null",
+        "Trigger listing_price_logged_on_insert on listing does not fire for every writer.",
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn a_trigger_that_fires_for_replication_only() {
+    assert_reported_and_mended(
+        "alter table listing enable replica trigger listing_price_logged_on_update",
+        "trigger not enabled|null|null",
+        "Trigger listing_price_logged_on_update on listing does not fire for every writer.",
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn a_disabled_guard() {
+    assert_reported_and_mended(
+        "alter table listing_price_log disable trigger user",
+        "trigger not enabled|null|null",
+        "Trigger listing_price_log_refused_on_update_and_truncate on listing_price_log does not fire for every writer.",
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn a_dropped_trigger() {
+    assert_reported_and_mended(
+        "drop trigger listing_price_logged_on_update on listing",
+        "trigger missing or altered|null|null",
+        "Trigger listing_price_logged_on_update on listing is not as it was made, so prices go by unlogged.",
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn a_dropped_guard() {
+    assert_reported_and_mended(
+        "drop trigger listing_price_log_refused_on_update_and_truncate on listing_price_log",
+        "trigger missing or altered|null|null",
+        "Trigger listing_price_log_refused_on_update_and_truncate on listing_price_log is not as it was made, so the log can be rewritten.",
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn a_trigger_that_looks_at_less_than_it_should() {
+    assert_reported_and_mended(
+        "create or replace trigger listing_price_logged_on_update after update of price on listing for each row \
+         when (old.price is distinct from new.price) execute function log_listing_price()",
+        "trigger missing or altered|null|null",
+        "Trigger listing_price_logged_on_update on listing is not as it was made",
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn the_reader_s_search_path_makes_no_problem() {
+    let db = Database::migrated().await;
+    for path in ["public", "pg_catalog", "''"] {
+        run(&db.superuser, &format!("set search_path = {path}")).await;
+        assert_no_problem(&db.superuser).await;
+    }
+}
+
+#[tokio::test]
+async fn triggers_that_fire_for_replication_too_are_no_problem() {
+    let db = Database::migrated().await;
+    run(
+        &db.superuser,
+        "alter table listing enable always trigger listing_price_logged_on_insert",
+    )
+    .await;
+    assert_no_problem(&db.superuser).await;
+}

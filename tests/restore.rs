@@ -1,0 +1,236 @@
+//! Backups and copies hold the same log, with no row twice.
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+use tokio_postgres::Client;
+
+use crate::harness::{
+    Cluster, Database, assert_no_problem, connect, in_checkout, insert_listing, printed, program,
+    refinery, rows, run, succeed, value,
+};
+
+const WHOLE_LOG: &str = "select * from public.listing_price_log order by id";
+
+async fn write_some_history(client: &Client) {
+    for id in 1..=3 {
+        run(client, &insert_listing(id, "1")).await;
+    }
+    run(client, "select setval('listing_id_seq', 3)").await;
+    run(
+        client,
+        "update listing set price = price + id; update listing set price = 9 where id = 2",
+    )
+    .await;
+}
+
+/// Asserts that a copy has the log of the original and goes on logging under ids of its own.
+async fn assert_same_and_alive(copy: &Client, log: &[String]) {
+    assert_eq!(rows(copy, WHOLE_LOG).await, log);
+    assert_no_problem(copy).await;
+    run(copy, &insert_listing(4, "4")).await;
+    run(copy, "update listing set price = price + 1").await;
+    assert_eq!(rows(copy, WHOLE_LOG).await.len(), log.len() + 5);
+    assert_no_problem(copy).await;
+}
+
+fn dump(db: &Database, options: &[&str]) -> String {
+    let mut pg_dump = program("pg_dump");
+    pg_dump.args(options).arg(format!("--dbname={}", db.url()));
+    succeed(pg_dump, "")
+}
+
+fn restore(db: &Database, dump: &str) {
+    let mut psql = program("psql");
+    psql.args([
+        "--quiet",
+        "--no-psqlrc",
+        "--single-transaction",
+        "--set=ON_ERROR_STOP=1",
+        &db.url(),
+    ]);
+    succeed(psql, dump);
+}
+
+#[tokio::test]
+async fn a_dump_of_the_whole_database_restores_the_same_log() {
+    let original = Database::migrated().await;
+    write_some_history(&original.superuser).await;
+    let log = rows(&original.superuser, WHOLE_LOG).await;
+    let copy = Database::empty().await;
+    restore(&copy, &dump(&original, &[]));
+    assert_same_and_alive(&copy.superuser, &log).await;
+}
+
+#[tokio::test]
+async fn an_archive_restored_by_pg_restore_holds_the_same_log() {
+    let original = Database::migrated().await;
+    write_some_history(&original.superuser).await;
+    let log = rows(&original.superuser, WHOLE_LOG).await;
+    let folder = tempfile::tempdir().expect("a folder");
+    let archive = folder.path().join("archive");
+    let mut pg_dump = program("pg_dump");
+    pg_dump.args(["--format=custom", &format!("--dbname={}", original.url())]);
+    pg_dump.arg("--file").arg(&archive);
+    succeed(pg_dump, "");
+    let copy = Database::empty().await;
+    let mut pg_restore = program("pg_restore");
+    pg_restore.args([
+        "--exit-on-error",
+        "--jobs=2",
+        &format!("--dbname={}", copy.url()),
+    ]);
+    pg_restore.arg(&archive);
+    succeed(pg_restore, "");
+    assert_same_and_alive(&copy.superuser, &log).await;
+}
+
+#[tokio::test]
+async fn a_data_only_dump_restores_the_same_log_with_the_triggers_off() {
+    let original = Database::migrated().await;
+    write_some_history(&original.superuser).await;
+    let log = rows(&original.superuser, WHOLE_LOG).await;
+    let options = [
+        "--data-only",
+        "--disable-triggers",
+        "--exclude-table=refinery_schema_history",
+    ];
+    let copy = Database::migrated().await;
+    restore(&copy, &dump(&original, &options));
+    assert_same_and_alive(&copy.superuser, &log).await;
+}
+
+#[tokio::test]
+async fn the_owner_alone_can_restore_data_with_the_triggers_off() {
+    let original = Database::migrated().await;
+    write_some_history(&original.superuser).await;
+    let log = rows(&original.superuser, WHOLE_LOG).await;
+    let data = dump(
+        &original,
+        &["--data-only", "--exclude-table=refinery_schema_history"],
+    );
+    let copy = Database::migrated().await;
+    restore(
+        &copy,
+        &format!(
+            "alter table listing disable trigger user;\n{data}\nalter table public.listing enable trigger user;\n"
+        ),
+    );
+    assert_same_and_alive(&copy.superuser, &log).await;
+}
+
+#[tokio::test]
+async fn a_data_only_dump_does_not_restore_with_the_triggers_on() {
+    let original = Database::migrated().await;
+    write_some_history(&original.superuser).await;
+    let data = dump(
+        &original,
+        &["--data-only", "--exclude-table=refinery_schema_history"],
+    );
+    let copy = Database::migrated().await;
+    let mut psql = program("psql");
+    psql.args([
+        "--quiet",
+        "--no-psqlrc",
+        "--single-transaction",
+        "--set=ON_ERROR_STOP=1",
+        &copy.url(),
+    ]);
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("data.sql");
+    fs::write(&file, data).expect("a file");
+    let output = psql.arg("--file").arg(&file).output().expect("psql");
+    assert!(!output.status.success());
+    assert!(
+        printed(&output).contains("listing_price_log_pkey"),
+        "{}",
+        printed(&output)
+    );
+    assert_eq!(
+        value(&copy.superuser, "select count(*) from listing").await,
+        "0"
+    );
+}
+
+/// A publisher and a subscriber, in a cluster of their own because slots and subscriptions would hold up its removal.
+async fn publish(tables: &str, prepare_subscriber: &str) -> (Cluster, Client, Client) {
+    let cluster = Cluster::start();
+    let publisher = cluster.superuser().await;
+    run(&publisher, "create database subscriber").await;
+    let subscriber = connect(cluster.config.clone().dbname("subscriber")).await;
+    for url in [
+        cluster.url.clone(),
+        cluster.url.replace("/listing", "/subscriber"),
+    ] {
+        let output = refinery(&url, &in_checkout("sql"));
+        assert!(output.status.success(), "{}", printed(&output));
+    }
+    write_some_history(&publisher).await;
+    run(
+        &publisher,
+        &format!("create publication prices for table {tables}"),
+    )
+    .await;
+    // In one cluster the slot has to be made beforehand: the subscription would wait for itself.
+    run(
+        &publisher,
+        "select pg_create_logical_replication_slot('prices', 'pgoutput')",
+    )
+    .await;
+    run(&subscriber, prepare_subscriber).await;
+    let subscription = format!(
+        "create subscription prices connection '{}' publication prices with (create_slot = false)",
+        cluster.url
+    );
+    run(&subscriber, &subscription).await;
+    (cluster, publisher, subscriber)
+}
+
+/// Waits until a query answers the same in both databases.
+async fn wait_until_equal(publisher: &Client, subscriber: &Client, sql: &str) {
+    let expected = rows(publisher, sql).await;
+    let begun = Instant::now();
+    while rows(subscriber, sql).await != expected {
+        assert!(
+            begun.elapsed() < Duration::from_secs(60),
+            "{sql}: no replication within a minute"
+        );
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test]
+async fn a_logical_replica_of_both_tables_holds_the_same_log() {
+    let (_cluster, publisher, subscriber) = publish("listing, listing_price_log", "").await;
+    wait_until_equal(&publisher, &subscriber, WHOLE_LOG).await;
+    run(
+        &publisher,
+        "update listing set price = price + 1; delete from listing where id = 3",
+    )
+    .await;
+    run(&publisher, &insert_listing(5, "5")).await;
+    wait_until_equal(&publisher, &subscriber, "select * from listing order by id").await;
+    wait_until_equal(&publisher, &subscriber, WHOLE_LOG).await;
+    assert_no_problem(&subscriber).await;
+}
+
+#[tokio::test]
+async fn a_logical_replica_of_the_listings_alone_can_keep_a_log_of_its_own() {
+    let (_cluster, publisher, subscriber) = publish(
+        "listing",
+        "alter table listing enable always trigger listing_price_logged_on_insert; \
+         alter table listing enable always trigger listing_price_logged_on_update",
+    )
+    .await;
+    let listings = "select * from listing order by id";
+    wait_until_equal(&publisher, &subscriber, listings).await;
+    run(
+        &publisher,
+        "update listing set price = price + 1 where id = 1",
+    )
+    .await;
+    wait_until_equal(&publisher, &subscriber, listings).await;
+    let log = "select old_price, new_price from listing_price_log where listing_id = 1 order by id";
+    assert_eq!(rows(&subscriber, log).await, ["null|2.00", "2.00|3.00"]);
+    assert_no_problem(&subscriber).await;
+}

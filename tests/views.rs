@@ -1,0 +1,256 @@
+//! What the views and functions for DBAs answer, before and after a prune.
+
+use tokio_postgres::Client;
+
+use crate::harness::{
+    Database, HISTORY, OTHER_COLUMNS, assert_no_problem, insert_listing, rows, run, value,
+};
+
+/// Replaces the history of a listing by prices at these moments. As the owner of the log may: by delete and insert.
+async fn write_history(client: &Client, id: i32, prices: &[(&str, &str)]) {
+    run(client, &insert_listing(id, "-0")).await;
+    run(
+        client,
+        &format!("delete from listing_price_log where listing_id = {id}"),
+    )
+    .await;
+    let mut old_price = "null";
+    for (changed_at, price) in prices {
+        let row = format!("{id}, {old_price}, {price}, '{changed_at}', 'test'");
+        run(
+            client,
+            &format!(
+                "insert into listing_price_log (listing_id, old_price, new_price, changed_at, changed_by) values ({row}); \
+                 alter table listing disable trigger user; \
+                 update listing set price = {price} where id = {id}; \
+                 alter table listing enable trigger user"
+            ),
+        )
+        .await;
+        old_price = price;
+    }
+}
+
+#[tokio::test]
+async fn a_change_shows_what_it_amounts_to_and_how_long_it_held() {
+    let db = Database::migrated().await;
+    let prices = [
+        ("2026-01-01 00:00Z", "200"),
+        ("2026-01-02 00:00Z", "150"),
+        ("2026-01-03 00:00Z", "0"),
+        ("2026-01-04 00:00Z", "99.99"),
+    ];
+    write_history(&db.superuser, 1, &prices).await;
+    let changes = "select old_price, new_price, delta, percent, valid_from::date, valid_to::date, changed_by \
+        from listing_price_change where listing_id = 1 order by id";
+    assert_eq!(
+        rows(&db.superuser, changes).await,
+        [
+            "null|200.00|null|null|2026-01-01|2026-01-02|test",
+            "200.00|150.00|-50.00|-25.00|2026-01-02|2026-01-03|test",
+            "150.00|0.00|-150.00|-100.00|2026-01-03|2026-01-04|test",
+            "0.00|99.99|99.99|null|2026-01-04|null|test",
+        ]
+    );
+}
+
+#[tokio::test]
+async fn the_price_at_a_moment_is_the_last_one_logged_until_then() {
+    let db = Database::migrated().await;
+    let prices = [("2026-01-01 12:00Z", "200"), ("2026-01-02 12:00Z", "150")];
+    write_history(&db.superuser, 1, &prices).await;
+    for (at, expected) in [
+        ("2026-01-01 11:59:59.999999Z", "null"),
+        ("2026-01-01 12:00Z", "200.00"),
+        ("2026-01-02 11:59:59.999999Z", "200.00"),
+        ("2026-01-02 12:00Z", "150.00"),
+        ("infinity", "150.00"),
+    ] {
+        let sql = format!("select listing_price_at(1, '{at}')");
+        assert_eq!(value(&db.superuser, &sql).await, expected, "{at}");
+    }
+    assert_eq!(
+        value(&db.superuser, "select listing_price_at(2, now())").await,
+        "null"
+    );
+}
+
+#[tokio::test]
+async fn the_trend_counts_changes_by_month_and_place() {
+    let db = Database::migrated().await;
+    run(&db.superuser, "set timezone = 'Pacific/Auckland'").await;
+    for (id, prices) in [
+        (
+            1,
+            [
+                ("2026-01-01Z", "100"),
+                ("2026-01-31 23:59Z", "90"),
+                ("2026-02-01 00:00Z", "99"),
+            ],
+        ),
+        (
+            2,
+            [
+                ("2026-01-01Z", "100"),
+                ("2026-01-05Z", "150"),
+                ("2026-02-05Z", "75"),
+            ],
+        ),
+        (
+            3,
+            [
+                ("2026-01-01Z", "100"),
+                ("2026-01-05Z", "0"),
+                ("2026-02-05Z", "1"),
+            ],
+        ),
+        (
+            4,
+            [
+                ("2026-01-01Z", "100"),
+                ("2026-01-05Z", "0"),
+                ("2026-02-05Z", "1"),
+            ],
+        ),
+    ] {
+        write_history(&db.superuser, id, &prices).await;
+    }
+    run(
+        &db.superuser,
+        "update listing set city = 'Lyon' where id = 4",
+    )
+    .await;
+    assert_eq!(
+        rows(
+            &db.superuser,
+            "select * from listing_price_trend order by month, city"
+        )
+        .await,
+        [
+            "2026-01-01|FR|Lyon|APARTMENT|1|1|0|-100.00",
+            "2026-01-01|FR|Paris|APARTMENT|3|2|1|-10.00",
+            "2026-02-01|FR|Lyon|APARTMENT|1|0|1|null",
+            "2026-02-01|FR|Paris|APARTMENT|3|1|2|-20.00",
+        ]
+    );
+}
+
+#[tokio::test]
+async fn after_a_prune_every_later_moment_is_answered_as_before() {
+    let db = Database::migrated().await;
+    run(
+        &db.superuser,
+        &format!(
+            "insert into listing (price, {OTHER_COLUMNS}) \
+             select id, 'Loft', 'x', 'HOUSE', 'x', 'x', 'x', 'FR', 1, 1, 1 from generate_series(1, 50) as id"
+        ),
+    )
+    .await;
+    for _ in 0..6 {
+        run(
+            &db.superuser,
+            "update listing set price = price + 1 + id % 3 where random() < 0.7",
+        )
+        .await;
+    }
+    // The cut is the very moment of a change in the middle, so that its own row must stay and the one before too.
+    let cut = value(
+        &db.superuser,
+        "select changed_at from listing_price_log order by id offset (select count(*) / 2 from listing_price_log) limit 1",
+    )
+    .await;
+    // Every moment at which an answer can change, the moments just before them, and the cut.
+    let answers = format!(
+        "select listing.id, at, listing_price_at(listing.id, at) from listing, \
+             (select changed_at as at from moment union select changed_at - interval '1 microsecond' from moment) as moments \
+         where at >= '{cut}' order by 1, 2"
+    );
+    run(
+        &db.superuser,
+        "create table moment as select changed_at from listing_price_log",
+    )
+    .await;
+    let before = rows(&db.superuser, &answers).await;
+    let count = "select count(*) from listing_price_log";
+    let old = format!("{count} where changed_at < '{cut}'");
+    let (rows_before, old_before) = (
+        value(&db.superuser, count)
+            .await
+            .parse::<u32>()
+            .expect("a number"),
+        value(&db.superuser, &old)
+            .await
+            .parse::<u32>()
+            .expect("a number"),
+    );
+
+    let pruned = value(
+        &db.superuser,
+        &format!("select listing_price_log_prune('{cut}')"),
+    )
+    .await;
+
+    // Each of the 50 listings keeps one row from before the cut.
+    assert_eq!(pruned, (old_before - 50).to_string());
+    assert_eq!(
+        value(&db.superuser, count).await,
+        (rows_before - old_before + 50).to_string()
+    );
+    assert_eq!(rows(&db.superuser, &answers).await, before);
+    assert_no_problem(&db.superuser).await;
+    let again = value(
+        &db.superuser,
+        &format!("select listing_price_log_prune('{cut}')"),
+    )
+    .await;
+    assert_eq!(again, "0");
+}
+
+#[tokio::test]
+async fn a_prune_in_the_far_future_keeps_the_present_prices() {
+    let db = Database::migrated().await;
+    run(&db.superuser, &insert_listing(1, "1")).await;
+    run(
+        &db.superuser,
+        "update listing set price = 2; update listing set price = 3",
+    )
+    .await;
+    assert_eq!(
+        value(&db.superuser, "select listing_price_log_prune('infinity')").await,
+        "2"
+    );
+    run(&db.superuser, "update listing set price = 4").await;
+    assert_eq!(
+        rows(&db.superuser, HISTORY).await,
+        ["1|2.00|3.00", "1|3.00|4.00"]
+    );
+    assert_no_problem(&db.superuser).await;
+}
+
+#[tokio::test]
+async fn a_history_is_read_from_the_index_alone() {
+    let db = Database::migrated().await;
+    run(
+        &db.superuser,
+        &format!(
+            "insert into listing (price, {OTHER_COLUMNS}) \
+             select id, 'Loft', 'x', 'HOUSE', 'x', 'x', 'x', 'FR', 1, 1, 1 from generate_series(1, 2000) as id; \
+             update listing set price = price + 1"
+        ),
+    )
+    .await;
+    run(&db.superuser, "vacuum analyze listing_price_log").await;
+    let plan = rows(
+        &db.superuser,
+        "explain (analyze, costs off, timing off) \
+         select new_price, changed_at from listing_price_log where listing_id = 7 order by id",
+    )
+    .await
+    .join("\n");
+    assert!(
+        plan.contains("Index Only Scan using listing_price_log_listing_id_id"),
+        "{plan}"
+    );
+    assert!(plan.contains("Heap Fetches: 0"), "{plan}");
+    assert!(!plan.contains("Sort"), "{plan}");
+}
