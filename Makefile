@@ -24,6 +24,10 @@ psql: ## Open a shell on the database
 test: $(REFINERY) ## Run every test, each on a database of its own
 	@url=$$(tests/db.sh up) && DATABASE_URL=$$url REFINERY=$(abspath $(REFINERY)) cargo test --locked
 
+.PHONY: bench
+bench: $(REFINERY) ## Measure what the price history costs
+	@url=$$(tests/db.sh up) && DATABASE_URL=$$url REFINERY=$(abspath $(REFINERY)) benches/trigger_cost.sh
+
 .PHONY: check
 check: ## Look for what tests do not show: formatting, lints, lock hazards, licences
 	@cargo fmt --check

@@ -6,6 +6,7 @@ mod guard;
 mod harness;
 mod migrations;
 mod problems;
+mod readme;
 mod restore;
 mod truth;
 mod views;

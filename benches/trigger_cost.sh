@@ -1,0 +1,103 @@
+#!/bin/sh
+# What the price history costs. Each statement against listing, and against the same table without its triggers, in turns
+# on one server in one run. Only the ratios carry over to another machine. Run it by `make bench`, which sets the variables.
+set -eu
+rows=200000
+rounds=9
+seconds=2
+clients=8
+
+db() { program=$1; shift; tests/db.sh run "$program" "$@"; }
+sql() { db psql --no-psqlrc --quiet --tuples-only --no-align --set=ON_ERROR_STOP=1 "$bench_url" "$@"; }
+median() { sort -n | awk '{ value[NR] = $1 } END { print value[int((NR + 1) / 2)] }'; }
+
+scratch=$(mktemp -d)
+server_url=$(echo "$DATABASE_URL" | sed 's|/[^/?]*\([?].*\)\{0,1\}$|/postgres\1|')
+bench_url=$(echo "$server_url" | sed 's|/postgres\([?].*\)\{0,1\}$|/listing_bench\1|')
+drop() { db psql --no-psqlrc --quiet "$server_url" -c 'set client_min_messages = error' \
+    -c 'drop database if exists listing_bench with (force)'; }
+trap 'drop; rm -r "$scratch"' EXIT
+
+seconds_now() { sql -c 'select extract(epoch from clock_timestamp())'; }
+
+columns='id, price, name, description, building_type, street_address, postal_code, city, country, surface_area_m2, rooms_count,
+    bedrooms_count'
+values="n, n, 'Loft', repeat('Nice. ', 40), 'HOUSE', '1 rue Oberkampf', '75011', 'Paris', 'FR', 42.5, 2, 1
+    from generate_series(1, $rows) as n"
+
+echo "Migrating a table of $rows listings that earlier services left behind." >&2
+drop
+db psql --no-psqlrc --quiet "$server_url" -c 'create database listing_bench'
+sql --file=sql/V1__create_listing.sql -c "insert into listing ($columns) select $values"
+before=$(seconds_now)
+DATABASE_URL=$bench_url "$REFINERY" migrate -e DATABASE_URL -p sql -g -d -m >/dev/null
+migration=$(echo "$(seconds_now) $before" | awk '{ printf "%.1f", $1 - $2 }')
+
+sql -c 'create table bare (like listing including all)' \
+    -c "insert into bare ($columns) select $values"
+
+# statement TABLE prints one transaction of pgbench.
+change() { echo "update $1 set price = price + 1 where id = :id"; }
+keep() { echo "update $1 set price = price, name = 'Flat' where id = :id"; }
+
+# Transactions a second of STATEMENT on TABLE, with the commit waiting for the disk or not.
+rate() {
+    { echo "\\set id random(1, $rows)"; "$1" "$2"; } > "$scratch/$1.sql"
+    PGOPTIONS="-c synchronous_commit=$3" db pgbench --no-vacuum --protocol=prepared --client=$clients --jobs=2 \
+        --time=$seconds --file="$scratch/$1.sql" "$bench_url" | sed -n 's/^tps = \([0-9]*\).*/\1/p'
+}
+
+# Milliseconds that STATEMENT takes.
+duration() {
+    sql -c '\timing on' -c "$1" | sed -n 's/^Time: \([0-9]*\).*/\1/p'
+}
+
+# row LABEL UNIT prints a line of the table: the medians of both tables, and the median of the ratios of each round.
+row() {
+    paste "$scratch/bare" "$scratch/listing" | awk -v unit="$2" '{ print unit == "ms" ? $1 / $2 : $2 / $1 }' > "$scratch/ratio"
+    printf '| %-60s | %6s %-2s | %6s %-2s | %5.2f |\n' "$1" "$(median < "$scratch/bare")" "$2" \
+        "$(median < "$scratch/listing")" "$2" "$(median < "$scratch/ratio")"
+    : > "$scratch/bare"
+    : > "$scratch/listing"
+}
+
+echo "| $(printf %-60s "PostgreSQL $(sql -c 'show server_version'), $(nproc 2>/dev/null || sysctl -n hw.ncpu) cores") |      bare |    logged | ratio |"
+echo '|--------------------------------------------------------------|-----------|-----------|-------|'
+for commit in on off; do
+    for statement in change keep; do
+        for _ in $(seq $rounds); do
+            for table in bare listing; do
+                sql -c "vacuum $table" -c checkpoint
+                rate $statement $table $commit >> "$scratch/$table"
+            done
+        done
+        [ $statement = change ] && label='a new price' || label='the same price'
+        [ $commit = on ] && how="$clients clients" || how="$clients clients, no wait for the disk"
+        row "update with $label, $how" /s
+    done
+done
+for _ in $(seq $rounds); do
+    for table in bare listing; do
+        sql -c "delete from $table" -c "vacuum $table" -c 'vacuum listing_price_log' -c checkpoint
+        duration "insert into $table ($columns) select $values" >> "$scratch/$table"
+    done
+done
+row "insert of $rows rows" ms
+for _ in $(seq $rounds); do
+    for table in bare listing; do
+        sql -c "vacuum analyze $table" -c checkpoint
+        duration "update $table set price = price + 1" >> "$scratch/$table"
+    done
+done
+row "change of $rows prices" ms
+echo
+echo "Migrating an inherited table of $rows listings takes $migration s, for which it is locked."
+sql -c "with log as (select count(*) as rows from listing_price_log)
+    select format('A price takes %s bytes in the log: %s of the row, %s of the primary key, %s of the covering index.',
+        round(pg_total_relation_size('listing_price_log') / rows::numeric),
+        round(pg_table_size('listing_price_log') / rows::numeric),
+        round(pg_relation_size('listing_price_log_pkey') / rows::numeric),
+        round(pg_relation_size('listing_price_log_listing_id_id_new_price_changed_at_idx') / rows::numeric))
+    from log"
+echo "Checking $(sql -c 'select count(*) from listing_price_log') prices by listing_price_log_problem takes" \
+    "$(duration 'table listing_price_log_problem') ms."
