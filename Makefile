@@ -22,11 +22,11 @@ psql: ## Open a shell on the database
 
 .PHONY: test
 test: $(REFINERY) ## Run every test, each on a database of its own
-	@url=$$(tests/db.sh up) && DATABASE_URL=$$url REFINERY=$(abspath $(REFINERY)) cargo test --locked
+	@url=$$(tests/db.sh up) && DATABASE_URL=$$url REFINERY="$(CURDIR)/$(REFINERY)" cargo test --locked
 
 .PHONY: bench
 bench: $(REFINERY) ## Measure what the price history costs
-	@url=$$(tests/db.sh up) && DATABASE_URL=$$url REFINERY=$(abspath $(REFINERY)) benches/trigger_cost.sh
+	@url=$$(tests/db.sh up) && DATABASE_URL=$$url REFINERY="$(CURDIR)/$(REFINERY)" benches/trigger_cost.sh
 
 .PHONY: check
 check: ## Look for what tests do not show: formatting, lints, lock hazards, licences
@@ -48,9 +48,8 @@ fmt: ## Format the Rust
 	@cargo fmt
 
 .PHONY: clean
-clean: ## Stop and remove the private PostgreSQL and what cargo built; the tools in .tools stay
+clean: ## Stop and remove the private PostgreSQL
 	@tests/db.sh down
-	@rm -rf target
 
 # Each tool lands in a folder that carries its version, so that another version here is another folder there.
 $(REFINERY):
@@ -63,4 +62,5 @@ $(DENY):
 	@cargo install cargo-deny --version 0.20.2 --locked --quiet --root .tools/cargo-deny-0.20.2
 
 $(SQUAWK):
+	@echo 'Installing squawk in .tools.'
 	@python3 -m pip install --quiet --root-user-action ignore --target .tools/squawk-2.70.0 squawk-cli==2.70.0

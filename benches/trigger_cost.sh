@@ -17,6 +17,7 @@ bench_url=$(echo "$server_url" | sed 's|/postgres\([?].*\)\{0,1\}$|/listing_benc
 drop() { db psql --no-psqlrc --quiet "$server_url" -c 'set client_min_messages = error' \
     -c 'drop database if exists listing_bench with (force)'; }
 trap 'drop; rm -r "$scratch"' EXIT
+trap 'exit 130' INT TERM
 
 seconds_now() { sql -c 'select extract(epoch from clock_timestamp())'; }
 
@@ -44,12 +45,12 @@ keep() { echo "update $1 set price = price, name = 'Flat' where id = :id"; }
 rate() {
     { echo "\\set id random(1, $rows)"; "$1" "$2"; } > "$scratch/$1.sql"
     PGOPTIONS="-c synchronous_commit=$3" db pgbench --no-vacuum --protocol=prepared --client=$clients --jobs=2 \
-        --time=$seconds --file="$scratch/$1.sql" "$bench_url" | sed -n 's/^tps = \([0-9]*\).*/\1/p'
+        --time=$seconds --file="$scratch/$1.sql" "$bench_url" | sed -n 's/^tps = \([0-9]*\).*/\1/p' | grep .
 }
 
 # Milliseconds that STATEMENT takes.
 duration() {
-    sql -c '\timing on' -c "$1" | sed -n 's/^Time: \([0-9]*\).*/\1/p'
+    sql -c '\timing on' -c "$1" | sed -n 's/^Time: \([0-9]*\).*/\1/p' | grep .
 }
 
 # row LABEL UNIT prints a line of the table: the medians of both tables, and the median of the ratios of each round.

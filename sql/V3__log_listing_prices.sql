@@ -33,8 +33,8 @@ comment on column public.listing_price_log.changed_by is
     'The setting listing.actor where the writer''s session or transaction had one, else the role that had logged in. '
     '''backfill'' in the rows that stand for prices older than the log.';
 comment on column public.listing_price_log.xact_id is
-    'The transaction that wrote the row. Rows below pg_snapshot_xmin(pg_current_snapshot()) are final: a consumer that reads '
-    'in that order misses none.';
+    'The transaction that wrote the row. Those below pg_snapshot_xmin(pg_current_snapshot()) have ended, so a consumer that '
+    'remembers how far it came by this misses no row. Within a listing the order is still that of id.';
 
 -- Runs as its owner, so that writers need no right on the log and cannot write it in any other way. With the fixed
 -- search_path and full names a writer cannot put a function, an operator or a temporary table of its own in between.
@@ -70,7 +70,8 @@ create trigger listing_price_logged_on_update
 comment on trigger listing_price_logged_on_insert on public.listing is
     'Opens the price history of a new listing.';
 comment on trigger listing_price_logged_on_update on public.listing is
-    'Appends to the price history when the price is another one than before, whoever changed it.';
+    'Appends to the price history when the price is another one than before, whoever changed it. A trigger of yours that '
+    'changes the price has to be a BEFORE trigger: an AFTER trigger would be logged ahead of what it followed.';
 
 -- The triggers hold their lock until this transaction ends, so no price slips between them and this backfill. It is dated by
 -- the last moment at which the price is known to have held, and never ahead of the changes to come.
@@ -82,7 +83,8 @@ order by id;
 -- After the backfill: checking all rows at once is much cheaper than one by one.
 alter table public.listing_price_log
     add constraint listing_price_log_listing_id_fkey
-    foreign key (listing_id) references public.listing (id) on delete cascade;
+    -- Restrict, because without it an id could change where the same statement puts another listing in its place.
+    foreign key (listing_id) references public.listing (id) on update restrict on delete cascade;
 
 create index listing_price_log_listing_id_id_new_price_changed_at_idx
     on public.listing_price_log (listing_id, id) include (new_price, changed_at);

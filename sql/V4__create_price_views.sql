@@ -108,10 +108,11 @@ select
     'listing without a log' as problem,
     listing.id as listing_id,
     null::bigint as log_id,
+    format('Listing %s has no price in the log: it was inserted while the trigger did not fire.', listing.id) as explanation,
     format(
-        'Listing %1$s has no price in the log: it was inserted while the trigger did not fire. Open its history: '
         'insert into public.listing_price_log (listing_id, new_price, changed_by) '
-        'select id, price, ''repair'' from public.listing where id = %1$s;',
+        'select id, price, ''repair'' from public.listing where id = %1$s '
+        'and not exists (select from public.listing_price_log where listing_id = %1$s) for update;',
         listing.id
     ) as mend
 from public.listing
@@ -122,10 +123,10 @@ select
     step.listing_id,
     step.id,
     format(
-        'Listing %1$s is gone but its history is not: it was deleted while the foreign key was not enforced. '
-        'Let it follow: delete from public.listing_price_log where listing_id = %1$s;',
+        'Listing %s is gone but its history is not: it was deleted while the foreign key was not enforced.',
         step.listing_id
-    )
+    ),
+    format('delete from public.listing_price_log where listing_id = %s;', step.listing_id)
 from step
 where step.is_last
     and not exists (select from public.listing where listing.id = step.listing_id)
@@ -135,12 +136,18 @@ select
     listing.id,
     step.id,
     format(
-        'Listing %1$s costs %2$s but its last logged price is %3$s: it was changed while the trigger did not fire. '
-        'Log the change: insert into public.listing_price_log (listing_id, old_price, new_price, changed_by) '
-        'select id, %3$s, price, ''repair'' from public.listing where id = %1$s;',
+        'Listing %s costs %s but its last logged price is %s: it was changed while the trigger did not fire.',
         listing.id,
         listing.price,
         step.new_price
+    ),
+    -- Inserts nothing where the price has changed once more in the meantime: look again then.
+    format(
+        'insert into public.listing_price_log (listing_id, old_price, new_price, changed_by) '
+        'select id, %2$s, price, ''repair'' from public.listing where id = %1$s and price = %3$s for update;',
+        listing.id,
+        step.new_price,
+        listing.price
     )
 from step
 join public.listing on listing.id = step.listing_id
@@ -152,15 +159,15 @@ select
     step.listing_id,
     step.id,
     format(
-        'Row %1$s of listing %2$s says that the price before was %3$s, but row %4$s before it says %5$s: what stood between '
-        'was removed, or one of the two altered. Bring it back from a backup, or close the gap: ',
+        'Row %s of listing %s says that the price before was %s, but row %s before it says %s: what stood between was removed, '
+        'or one of the two altered. Bring it back from a backup, or close the gap.',
         step.id,
         step.listing_id,
         coalesce(step.old_price::text, 'nothing'),
         step.previous_id,
         step.previous_price
-    )
-    || case
+    ),
+    case
         when gap.id is not null and step.old_price is not null then format(
             'insert into public.listing_price_log (id, listing_id, old_price, new_price, changed_at, changed_by) '
             'overriding system value select %s, listing_id, new_price, %s, changed_at, ''repair'' '
@@ -168,6 +175,11 @@ select
             gap.id,
             step.old_price,
             step.previous_id
+        )
+        -- The row changes nothing against the one before it.
+        when step.previous_price = step.new_price then format(
+            'delete from public.listing_price_log where id = %s;',
+            step.id
         )
         else format(
             'alter table public.listing_price_log disable trigger user; '
@@ -196,13 +208,18 @@ select
     null,
     null,
     format(
-        'Trigger %s on %s is not as it was made, so %s. Make it anew: drop trigger if exists %1$I on public.%2$I; %4$s;',
+        'Trigger %s on %s is not as it was made, so %s.',
         expected_trigger.name,
         expected_trigger.table_name,
         case expected_trigger.table_name
             when 'listing' then 'prices go by unlogged'
             else 'the log can be rewritten'
-        end,
+        end
+    ),
+    format(
+        'drop trigger if exists %I on public.%I; %s;',
+        expected_trigger.name,
+        expected_trigger.table_name,
         expected_trigger.definition
     )
 from expected_trigger
@@ -220,24 +237,55 @@ select
     'trigger not enabled',
     null,
     null,
-    format(
-        'Trigger %1$I on %2$I does not fire for every writer. Enable it: alter table public.%2$I enable trigger %1$I;',
-        expected_trigger.name,
-        expected_trigger.table_name
-    )
+    format('Trigger %s on %s does not fire for every writer.', expected_trigger.name, expected_trigger.table_name),
+    format('alter table public.%I enable trigger %I;', expected_trigger.table_name, expected_trigger.name)
 from expected_trigger
 join pg_catalog.pg_trigger
     on tgname = expected_trigger.name
     and tgrelid = format('public.%I', expected_trigger.table_name)::regclass
 -- O fires for every writer but a replication worker, A for that one too; D and R let writers through.
-where tgenabled not in ('O', 'A');
+where tgenabled not in ('O', 'A')
+union all
+select
+    'foreign key missing or altered',
+    null,
+    null,
+    'No foreign key lets a history go with its listing and keeps the id of a listing that has one.',
+    'alter table public.listing_price_log drop constraint if exists listing_price_log_listing_id_fkey, '
+    'add constraint listing_price_log_listing_id_fkey foreign key (listing_id) references public.listing (id) '
+    'on update restrict on delete cascade;'
+where not exists (
+    select
+    from pg_catalog.pg_constraint
+    where conname = 'listing_price_log_listing_id_fkey'
+        and conrelid = 'public.listing_price_log'::regclass
+        and confrelid = 'public.listing'::regclass
+        and confupdtype = 'r'
+        and confdeltype = 'c'
+        and convalidated
+)
+union all
+select distinct
+    'foreign key not enforced',
+    null::integer,
+    null::bigint,
+    format('The foreign key of the log is not enforced on %s: its triggers there are disabled.', tgrelid::regclass),
+    format('alter table %s enable trigger all;', tgrelid::regclass)
+from pg_catalog.pg_trigger
+join pg_catalog.pg_constraint on pg_constraint.oid = tgconstraint
+where conname = 'listing_price_log_listing_id_fkey'
+    and conrelid = 'public.listing_price_log'::regclass
+    and tgenabled not in ('O', 'A');
 
 comment on view public.listing_price_log_problem is
-    'Empty when the log is whole. Otherwise a row for each problem, with the statement that mends it. Reads the whole log.';
+    'Empty when the log is whole, otherwise a row for each problem. Reads the whole log. Mend one, then look again: the rows '
+    'do not know of each other.';
 comment on column public.listing_price_log_problem.problem is
     'The kind of problem, in the same words each time.';
+comment on column public.listing_price_log_problem.explanation is
+    'What is wrong and how it comes about.';
 comment on column public.listing_price_log_problem.mend is
-    'What happened and the statement that mends it, to be run by the owner of the log.';
+    'The statement that mends it, for the owner of the log; where triggers of a foreign key are to be enabled, for a superuser.';
 
 create function public.listing_price_log_prune(before timestamptz) returns bigint
     language sql

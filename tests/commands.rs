@@ -95,3 +95,63 @@ fn a_folder_without_a_server_is_refused_by_name() {
         "db: PG_BIN=/nowhere holds no PostgreSQL server, 15 or later\n"
     );
 }
+
+#[test]
+fn a_cluster_of_another_version_is_refused() {
+    let cluster = Cluster::start();
+    let version = cluster.folder.path().join(".postgres/data/PG_VERSION");
+    let right = fs::read_to_string(&version).expect("a version");
+    fs::write(&version, "14\n").expect("another version");
+    let output = Cluster::script(cluster.folder.path(), "up")
+        .output()
+        .expect("the script");
+    fs::write(&version, right).expect("the right version");
+    assert!(!output.status.success());
+    let printed = printed(&output);
+    assert!(
+        printed.contains("was made by PostgreSQL 14, not by the one in"),
+        "{printed}"
+    );
+    assert!(printed.contains("make clean removes it"), "{printed}");
+}
+
+#[test]
+fn a_server_that_does_not_start_shows_its_last_words() {
+    let cluster = Cluster::start();
+    stop(&cluster);
+    let settings = cluster
+        .folder
+        .path()
+        .join(".postgres/data/postgresql.auto.conf");
+    let right = fs::read_to_string(&settings).expect("the settings");
+    fs::write(&settings, "nonsense = on\n").expect("wrong settings");
+    let output = Cluster::script(cluster.folder.path(), "up")
+        .output()
+        .expect("the script");
+    fs::write(&settings, right).expect("the right settings");
+    assert!(!output.status.success());
+    let printed = printed(&output);
+    assert!(
+        printed.contains("unrecognized configuration parameter \"nonsense\""),
+        "{printed}"
+    );
+    assert!(printed.contains("PostgreSQL did not start"), "{printed}");
+}
+
+#[test]
+fn two_calls_at_once_make_one_cluster() {
+    let folder = tempfile::tempdir().expect("a folder");
+    fs::create_dir(folder.path().join("tests")).expect("a folder");
+    fs::copy(
+        in_checkout("tests/db.sh"),
+        folder.path().join("tests/db.sh"),
+    )
+    .expect("a copy");
+    let calls = [(); 3].map(|()| {
+        let up = Cluster::script(folder.path(), "up");
+        std::thread::spawn(move || succeed(up, ""))
+    });
+    let [first, second, third] = calls.map(|call| call.join().expect("a URL"));
+    succeed(Cluster::script(folder.path(), "down"), "");
+    assert!(!first.is_empty() && first == second && second == third);
+}

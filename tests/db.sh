@@ -13,13 +13,13 @@ home=$checkout/.postgres
 say() { echo "db: $*" >&2; }
 fail() { say "$*"; exit 1; }
 
-# Prints the folder of the newest suitable server, or "docker" where there is only an engine to run one.
+# Prints the folder of a suitable server, the newest where a system has several, or "docker" where there is only an engine to run one.
 find_server() {
     for folder in \
         "$(dirname "$(readlink -f "$(command -v initdb)" 2>/dev/null)" 2>/dev/null)" \
         "$(pg_config --bindir 2>/dev/null)" \
         $(printf '%s\n' /usr/lib/postgresql/*/bin /opt/homebrew/opt/postgresql@*/bin /usr/local/opt/postgresql@*/bin \
-            /home/linuxbrew/.linuxbrew/opt/postgresql@*/bin | sort -t/ -rV)
+            /home/linuxbrew/.linuxbrew/opt/postgresql@*/bin | sort -rV)
     do
         if is_server "$folder"; then echo "$folder"; return; fi
     done
@@ -103,9 +103,22 @@ is_running() {
     as_server "$server/pg_ctl" --pgdata="$reach/data" status >/dev/null 2>&1
 }
 
+# Lets one call at a time make or start the cluster, so that two terminals do not get into each other's way.
+lock() {
+    waited=0
+    until mkdir "$home.lock" 2>/dev/null; do
+        [ $waited -lt 600 ] || fail "another call has held .postgres.lock for a minute: remove it if that one is gone"
+        waited=$((waited + 1))
+        sleep 0.1
+    done
+    trap 'rmdir "$home.lock"' EXIT
+    trap 'exit 130' INT TERM
+}
+
 up() {
     if [ -n "${DATABASE_URL:-}" ]; then echo "$DATABASE_URL"; return; fi
     [ -z "${PG_BIN:-}" ] || is_server "$PG_BIN" || fail "PG_BIN=$PG_BIN holds no PostgreSQL server, 15 or later"
+    lock
     if [ ! -f "$home/server" ]; then say "making a private PostgreSQL in .postgres"; create; fi
     server=$(cat "$home/server")
     if [ "$server" = docker ]; then

@@ -483,6 +483,37 @@ async fn fresh_and_inherited_databases_end_in_the_same_catalogue() {
 }
 
 #[tokio::test]
+async fn a_role_that_may_not_set_the_time_zone_is_told_what_to_run() {
+    let cluster = Cluster::start();
+    let superuser = cluster.superuser().await;
+    run(
+        &superuser,
+        "create role builder login password 'secret'; grant all on schema public to builder; \
+         alter database listing set timezone = 'Europe/Paris'",
+    )
+    .await;
+    let (_, address) = cluster.url.rsplit_once('@').expect("user:password@address");
+    let url = format!("postgres://builder:secret@{address}");
+
+    let output = refinery(&url, &in_checkout("sql"));
+
+    let refused = printed(&output);
+    assert!(!output.status.success());
+    let reason = "the time zone of this database is Europe/Paris, and builder may not change it";
+    assert!(refused.contains(reason), "{refused}");
+    let hint = "alter database listing set timezone = 'UTC';";
+    assert!(refused.contains(hint), "{refused}");
+    run(&superuser, hint).await;
+    run(
+        &superuser,
+        "create role listing_api nologin; create role listing_auditor nologin",
+    )
+    .await;
+    let output = refinery(&url, &in_checkout("sql"));
+    assert!(output.status.success(), "{}", printed(&output));
+}
+
+#[tokio::test]
 async fn a_role_that_may_not_create_roles_is_told_what_to_run() {
     // Roles belong to a whole cluster, and in that of the other tests they are there already.
     let cluster = Cluster::start();

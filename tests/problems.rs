@@ -22,16 +22,15 @@ async fn assert_reported_and_mended(break_it: &str, problem: &str, advice: &str)
     )
     .await;
     assert_eq!(reported, [problem]);
-    let mend = value(&db.superuser, "select mend from listing_price_log_problem").await;
-    assert!(mend.starts_with(advice), "{mend}");
+    let explanation = value(
+        &db.superuser,
+        "select explanation from listing_price_log_problem",
+    )
+    .await;
+    assert!(explanation.starts_with(advice), "{explanation}");
 
-    let (_, statement) = mend
-        .split_once(": ")
-        .expect("a statement behind the explanation");
-    let statement = statement
-        .split_once(": ")
-        .map_or(statement, |(_, statement)| statement);
-    run(&db.superuser, statement).await;
+    let mend = value(&db.superuser, "select mend from listing_price_log_problem").await;
+    run(&db.superuser, &mend).await;
     assert_no_problem(&db.superuser).await;
     // The mended log goes on by itself.
     run(
@@ -188,6 +187,65 @@ async fn a_trigger_that_looks_at_less_than_it_should() {
         "Trigger listing_price_logged_on_update on listing is not as it was made",
     )
     .await;
+}
+
+#[tokio::test]
+async fn a_row_altered_so_that_the_next_is_no_change() {
+    assert_reported_and_mended(
+        "alter table listing_price_log disable trigger user; \
+         update listing_price_log set new_price = 3 where id = 3; \
+         alter table listing_price_log enable trigger user",
+        "broken chain|1|4",
+        "Row 4 of listing 1 says that the price before was 2.00, but row 3 before it says 3.00",
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn a_dropped_foreign_key() {
+    assert_reported_and_mended(
+        "alter table listing_price_log drop constraint listing_price_log_listing_id_fkey",
+        "foreign key missing or altered|null|null",
+        "No foreign key lets a history go with its listing",
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn a_foreign_key_that_lets_ids_change() {
+    assert_reported_and_mended(
+        "alter table listing_price_log drop constraint listing_price_log_listing_id_fkey, \
+         add constraint listing_price_log_listing_id_fkey foreign key (listing_id) references listing (id) on delete cascade",
+        "foreign key missing or altered|null|null",
+        "No foreign key lets a history go with its listing",
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn a_foreign_key_that_is_not_enforced() {
+    assert_reported_and_mended(
+        "alter table listing disable trigger all; alter table listing enable trigger user",
+        "foreign key not enforced|null|null",
+        "The foreign key of the log is not enforced on listing",
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn a_mend_that_comes_too_late_does_nothing() {
+    let db = Database::migrated().await;
+    run(&db.superuser, &insert_listing(1, "1")).await;
+    let past = "set session_replication_role = replica; update listing set price = 2; reset session_replication_role";
+    run(&db.superuser, past).await;
+    let mend = value(&db.superuser, "select mend from listing_price_log_problem").await;
+    run(&db.superuser, "update listing set price = 3").await;
+    run(&db.superuser, &mend).await;
+    let log = "select old_price, new_price from listing_price_log order by id";
+    assert_eq!(rows(&db.superuser, log).await, ["null|1.00", "2.00|3.00"]);
+    let mend = value(&db.superuser, "select mend from listing_price_log_problem").await;
+    run(&db.superuser, &mend).await;
+    assert_no_problem(&db.superuser).await;
 }
 
 #[tokio::test]
