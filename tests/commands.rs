@@ -57,7 +57,7 @@ fn the_private_cluster_comes_back_after_a_stop_on_its_port_or_on_a_free_one() {
 }
 
 /// Stops the server of a cluster behind the back of the script, as a reboot would.
-fn stop(cluster: &Cluster) {
+pub fn stop(cluster: &Cluster) {
     let running = cluster.folder.path().join(".postgres/data/postmaster.pid");
     let pid = fs::read_to_string(&running).expect("a running server");
     let mut kill = Command::new("kill");

@@ -80,8 +80,12 @@ impl Database {
         let role = format!("{}_{suffix}", self.name);
         let sql = format!("create role {role} login password 'secret' {in_role}");
         run(&self.superuser, &sql).await;
-        self.roles.lock().expect("a lock").push(role.clone());
+        self.drop_role_at_end(&role);
         connect(server().dbname(&self.name).user(&role).password("secret")).await
+    }
+
+    pub fn drop_role_at_end(&self, role: &str) {
+        self.roles.lock().expect("a lock").push(role.to_owned());
     }
 
     /// Applies the migrations of a folder with the real CLI, as `make migrate` does.

@@ -2,11 +2,15 @@
 
 mod capture;
 mod commands;
+mod contract;
 mod guard;
 mod harness;
+mod input;
 mod migrations;
 mod problems;
 mod readme;
 mod restore;
+mod service;
+mod start;
 mod truth;
 mod views;

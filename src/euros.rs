@@ -1,0 +1,174 @@
+//! Exact numbers: from the digits on the wire to `numeric(12,2)` and back, never through a float.
+
+use std::fmt;
+
+use serde::{Serialize, Serializer, ser};
+use serde_json::value::RawValue;
+
+/// An amount from 0 to 9,999,999,999.99 euros.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Euros {
+    cents: i64,
+}
+
+impl Euros {
+    const MAX_CENTS: i64 = 999_999_999_999;
+
+    /// The amount that the text of a JSON number means. The error says what it has to be.
+    pub fn parse(number: &str) -> Result<Self, &'static str> {
+        match scaled(number, 2) {
+            Scaled::Exact(cents) if (0..=Self::MAX_CENTS).contains(&cents) => Ok(Self { cents }),
+            Scaled::Exact(_) | Scaled::TooLarge => Err("must be between 0 and 9999999999.99"),
+            Scaled::TooFine => Err("must have at most 2 decimals"),
+            Scaled::NotANumber => Err("must be a number"),
+        }
+    }
+}
+
+/// As short as it can be, as clients write numbers: `710000`, `0.1`, `12.34`.
+impl fmt::Display for Euros {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (self.cents / 100, self.cents % 100) {
+            (euros, 0) => write!(f, "{euros}"),
+            (euros, cents) if cents % 10 == 0 => write!(f, "{euros}.{}", cents / 10),
+            (euros, cents) => write!(f, "{euros}.{cents:02}"),
+        }
+    }
+}
+
+impl Serialize for Euros {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let number = RawValue::from_string(self.to_string()).map_err(ser::Error::custom)?;
+        number.serialize(serializer)
+    }
+}
+
+/// The whole number that the text of a JSON number means. `2.0` is one (JSON Schema says so).
+pub fn whole(number: &str) -> Option<i64> {
+    match scaled(number, 0) {
+        Scaled::Exact(value) => Some(value),
+        _ => None,
+    }
+}
+
+enum Scaled {
+    Exact(i64),
+    TooFine,
+    TooLarge,
+    NotANumber,
+}
+
+/// A JSON number times 10 to the power of `places`.
+fn scaled(number: &str, places: i64) -> Scaled {
+    let (mantissa, exponent) = number.split_once(['e', 'E']).unwrap_or((number, "0"));
+    let (sign, mantissa) = mantissa
+        .strip_prefix('-')
+        .map_or((1, mantissa), |rest| (-1, rest));
+    let (integer, fraction) = mantissa.split_once('.').unwrap_or((mantissa, ""));
+    let digits = [integer, fraction].concat();
+    if integer.is_empty() || !digits.bytes().all(|digit| digit.is_ascii_digit()) {
+        return Scaled::NotANumber;
+    }
+    let significant = digits.trim_end_matches('0');
+    if significant.is_empty() {
+        return Scaled::Exact(0);
+    }
+    let Ok(exponent) = exponent.parse::<i32>() else {
+        return if exponent.starts_with('-') {
+            Scaled::TooFine
+        } else {
+            Scaled::TooLarge
+        };
+    };
+    let trimmed = i64::try_from(digits.len() - significant.len());
+    let (Ok(trimmed), Ok(decimals)) = (trimmed, i64::try_from(fraction.len())) else {
+        return Scaled::TooLarge;
+    };
+    let power = i64::from(exponent) + places + trimmed - decimals;
+    let Ok(power) = u32::try_from(power) else {
+        return if power < 0 {
+            Scaled::TooFine
+        } else {
+            Scaled::TooLarge
+        };
+    };
+    let value = significant
+        .parse::<i64>()
+        .ok()
+        .and_then(|value| value.checked_mul(10_i64.checked_pow(power)?));
+    value.map_or(Scaled::TooLarge, |value| Scaled::Exact(sign * value))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Euros, whole};
+
+    #[test]
+    fn an_amount_is_written_as_it_was_read() {
+        for (number, expected) in [
+            ("0", "0"),
+            ("-0", "0"),
+            ("0.1", "0.1"),
+            ("0.10", "0.1"),
+            ("0.01", "0.01"),
+            ("710000", "710000"),
+            ("710000.0", "710000"),
+            ("7.1e5", "710000"),
+            ("71E4", "710000"),
+            ("1234e-2", "12.34"),
+            ("0.000e-9", "0"),
+            ("0e99999999999", "0"),
+            ("9999999999.99", "9999999999.99"),
+            ("9999999999.990000000000000000000000", "9999999999.99"),
+        ] {
+            assert_eq!(
+                Euros::parse(number).map(|euros| euros.to_string()),
+                Ok(expected.to_owned())
+            );
+        }
+    }
+
+    #[test]
+    fn an_amount_that_is_not_exact_is_refused() {
+        for number in [
+            "0.001",
+            "1e-3",
+            "9999999999.999",
+            "1e-99999999999",
+            "0.30000000000000004",
+        ] {
+            assert_eq!(
+                Euros::parse(number),
+                Err("must have at most 2 decimals"),
+                "{number}"
+            );
+        }
+    }
+
+    #[test]
+    fn an_amount_out_of_range_is_refused() {
+        for number in [
+            "-0.01",
+            "10000000000",
+            "1e10",
+            "1e300",
+            "1e99999999999",
+            "99999999999999999999",
+        ] {
+            assert_eq!(
+                Euros::parse(number),
+                Err("must be between 0 and 9999999999.99"),
+                "{number}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_whole_number_may_have_a_decimal_point() {
+        assert_eq!(whole("2.0"), Some(2));
+        assert_eq!(whole("2e0"), Some(2));
+        assert_eq!(whole("-3"), Some(-3));
+        assert_eq!(whole("2.7"), None);
+        assert_eq!(whole("1e30"), None);
+    }
+}

@@ -1,0 +1,293 @@
+//! JSON bodies: read field by field, so that the answer names each field that is wrong, and written.
+
+use std::fmt;
+use std::time::Duration;
+
+use actix_web::error::PayloadError;
+use actix_web::http::{StatusCode, header};
+use actix_web::{HttpMessage, HttpRequest, web};
+use bytes::{Bytes, BytesMut};
+use chrono::{DateTime, Utc};
+use futures_util::StreamExt;
+use serde::de::{Deserializer, MapAccess, Visitor};
+use serde::{Deserialize, Serialize, Serializer};
+use serde_json::value::RawValue;
+use tokio::time::timeout;
+
+use crate::error::ApiError;
+use crate::euros::{Euros, whole};
+
+const MAX_BODY_BYTES: usize = 64 * 1024;
+pub const TRICKLE_LIMIT: Duration = Duration::from_secs(10);
+
+/// Refuses a request that does not declare its body as one of these.
+pub fn require_type(request: &HttpRequest, media_types: &[&str]) -> Result<(), ApiError> {
+    let declared = request.content_type().to_ascii_lowercase();
+    let message = if !media_types.contains(&declared.as_str()) {
+        format!("content-type: must be {}", media_types.join(" or "))
+    } else if request.headers().contains_key(header::CONTENT_ENCODING) {
+        "content-encoding: must be absent".to_owned()
+    } else {
+        return Ok(());
+    };
+    Err(ApiError::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, message))
+}
+
+/// The body of a request. It is read before anything is refused, so that the connection can serve the next request.
+pub async fn read(mut payload: web::Payload) -> Result<Bytes, ApiError> {
+    let too_large = || {
+        ApiError::new(
+            StatusCode::PAYLOAD_TOO_LARGE,
+            "the body must not exceed 64 KiB",
+        )
+    };
+    let read = async {
+        let mut body = BytesMut::new();
+        while let Some(chunk) = payload.next().await {
+            let chunk = chunk.map_err(|error| match error {
+                PayloadError::Overflow => too_large(),
+                error => ApiError::malformed(format!("the body broke off: {error}")),
+            })?;
+            if body.len() + chunk.len() > MAX_BODY_BYTES {
+                return Err(too_large());
+            }
+            body.extend_from_slice(&chunk);
+        }
+        Ok(body.freeze())
+    };
+    let late = |_| {
+        ApiError::new(
+            StatusCode::REQUEST_TIMEOUT,
+            "the body took too long to arrive",
+        )
+    };
+    timeout(TRICKLE_LIMIT, read).await.map_err(late)?
+}
+
+/// The fields of a JSON object, still as text.
+pub struct Object<'a> {
+    path: &'static str,
+    fields: Vec<(String, &'a RawValue)>,
+    /// Whether a field that is not there is a problem.
+    complete: bool,
+}
+
+/// What is wrong with a body, each with the path of its field.
+#[derive(Default)]
+pub struct Problems(Vec<String>);
+
+impl Problems {
+    fn add(&mut self, path: &str, name: &str, problem: &str) {
+        self.0.push(format!("{path}{name}: {problem}"));
+    }
+
+    pub fn into_result(self) -> Result<(), ApiError> {
+        if self.0.is_empty() {
+            Ok(())
+        } else {
+            Err(ApiError::invalid(self.0.join("; ")))
+        }
+    }
+}
+
+impl<'a> Object<'a> {
+    /// Reads a body. What is no JSON is refused here as malformed, down to the escapes and the size of the numbers.
+    pub fn parse(
+        body: &'a [u8],
+        complete: bool,
+        problems: &mut Problems,
+    ) -> Result<Self, ApiError> {
+        if let Err(error) = serde_json::from_slice::<serde_json::Value>(body) {
+            // The position, without the words of the library, which may quote what was sent.
+            let message = format!(
+                "the body is not JSON: line {}, column {}",
+                error.line(),
+                error.column()
+            );
+            return Err(ApiError::malformed(message));
+        }
+        let malformed = |_| ApiError::malformed("the body is not JSON");
+        let text =
+            std::str::from_utf8(body).map_err(|_| ApiError::malformed("the body is not UTF-8"))?;
+        let value: &RawValue = serde_json::from_str(text).map_err(malformed)?;
+        let object = Self::of(value, "", complete, problems)?;
+        object.ok_or_else(|| ApiError::invalid("the body must be an object"))
+    }
+
+    fn of(
+        value: &'a RawValue,
+        path: &'static str,
+        complete: bool,
+        problems: &mut Problems,
+    ) -> Result<Option<Self>, ApiError> {
+        if !value.get().starts_with('{') {
+            return Ok(None);
+        }
+        let Fields(all) = serde_json::from_str(value.get()).map_err(ApiError::internal)?;
+        let mut fields: Vec<(String, &RawValue)> = Vec::with_capacity(all.len());
+        for (name, value) in all {
+            if fields.iter().any(|(seen, _)| *seen == name) {
+                problems.add(path, &name, "must be given once");
+            } else {
+                fields.push((name, value));
+            }
+        }
+        Ok(Some(Self {
+            path,
+            fields,
+            complete,
+        }))
+    }
+
+    fn take(&mut self, name: &str) -> Option<&'a RawValue> {
+        let index = self.fields.iter().position(|(field, _)| field == name)?;
+        Some(self.fields.swap_remove(index).1)
+    }
+
+    fn take_required(&mut self, name: &str, problems: &mut Problems) -> Option<&'a RawValue> {
+        let value = self.take(name);
+        if value.is_none() && self.complete {
+            problems.add(self.path, name, "is required");
+        }
+        value
+    }
+
+    /// An object in a field. `path` is the name of the field with a dot behind it.
+    pub fn object(
+        &mut self,
+        name: &str,
+        path: &'static str,
+        problems: &mut Problems,
+    ) -> Result<Option<Self>, ApiError> {
+        let Some(value) = self.take_required(name, problems) else {
+            return Ok(None);
+        };
+        let object = Self::of(value, path, self.complete, problems)?;
+        if object.is_none() {
+            problems.add(self.path, name, "must be an object");
+        }
+        Ok(object)
+    }
+
+    /// A field of a type, read by a function that says what is wrong with it.
+    fn field<T>(
+        &mut self,
+        name: &str,
+        problems: &mut Problems,
+        read: impl FnOnce(&str) -> Result<T, &'static str>,
+    ) -> Option<T> {
+        let value = self.take_required(name, problems)?;
+        let read = read(value.get());
+        read.map_err(|problem| problems.add(self.path, name, problem))
+            .ok()
+    }
+
+    pub fn string(
+        &mut self,
+        name: &str,
+        problems: &mut Problems,
+        rule: impl FnOnce(&str) -> Result<(), &'static str>,
+    ) -> Option<String> {
+        self.field(name, problems, |text| string(text, rule))
+    }
+
+    /// A string that is never required, and may be null, which is not the same as not being there.
+    #[expect(
+        clippy::option_option,
+        reason = "absent, null and a string are three things"
+    )]
+    pub fn nullable_string(
+        &mut self,
+        name: &str,
+        problems: &mut Problems,
+        rule: impl FnOnce(&str) -> Result<(), &'static str>,
+    ) -> Option<Option<String>> {
+        let read = match self.take(name)?.get() {
+            "null" => Ok(None),
+            text => string(text, rule).map(Some),
+        };
+        read.map_err(|problem| problems.add(self.path, name, problem))
+            .ok()
+    }
+
+    pub fn euros(&mut self, name: &str, problems: &mut Problems) -> Option<Euros> {
+        self.field(name, problems, Euros::parse)
+    }
+
+    pub fn integer(&mut self, name: &str, problems: &mut Problems, least: i32) -> Option<i32> {
+        self.field(name, problems, |text| {
+            if !text.starts_with(|first: char| first == '-' || first.is_ascii_digit()) {
+                return Err("must be an integer");
+            }
+            match whole(text).map(i32::try_from) {
+                Some(Ok(value)) if value >= least => Ok(value),
+                Some(Ok(_)) => Err(if least == 1 {
+                    "must be 1 or more"
+                } else {
+                    "must be 0 or more"
+                }),
+                _ => Err("must be an integer between -2147483648 and 2147483647"),
+            }
+        })
+    }
+
+    pub fn measure(&mut self, name: &str, problems: &mut Problems) -> Option<f64> {
+        self.field(name, problems, |text| match text.parse::<f64>() {
+            Ok(value) if value.is_finite() && value >= 0.0 => Ok(value + 0.0),
+            Ok(value) if value.is_finite() => Err("must be 0 or more"),
+            _ => Err("must be a number"),
+        })
+    }
+
+    /// Reports the fields that nobody took: the contract knows no others.
+    pub fn finish(self, problems: &mut Problems) {
+        for (name, _) in &self.fields {
+            problems.add(self.path, name, "is not a field of a listing");
+        }
+    }
+}
+
+fn string(
+    text: &str,
+    rule: impl FnOnce(&str) -> Result<(), &'static str>,
+) -> Result<String, &'static str> {
+    let value: String = serde_json::from_str(text).map_err(|_| "must be a string")?;
+    if value.contains('\0') {
+        return Err("must not contain the character U+0000");
+    }
+    rule(&value).map(|()| value)
+}
+
+/// All fields in their order, also those that are given twice.
+struct Fields<'a>(Vec<(String, &'a RawValue)>);
+
+impl<'de> Deserialize<'de> for Fields<'de> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct FieldsVisitor;
+        impl<'de> Visitor<'de> for FieldsVisitor {
+            type Value = Fields<'de>;
+
+            fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+                formatter.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+                let mut fields = Vec::new();
+                while let Some(field) = map.next_entry()? {
+                    fields.push(field);
+                }
+                Ok(Fields(fields))
+            }
+        }
+        deserializer.deserialize_map(FieldsVisitor)
+    }
+}
+
+/// A moment as the contract writes it: RFC 3339, in UTC, with microseconds, ending in Z.
+pub struct Moment(pub DateTime<Utc>);
+
+impl Serialize for Moment {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(&self.0.format("%Y-%m-%dT%H:%M:%S%.6fZ"))
+    }
+}

@@ -1,0 +1,31 @@
+//! A REST API for real-estate listings over PostgreSQL, which keeps the price history by itself.
+//!
+//! [`server`] reads the [`settings`], checks the schema, serves and stops.
+//! A request takes two hops: [`routes`] names the handler, and the handler holds its SQL.
+//!
+//! - [`listings`]: a listing's whole life. [`prices`]: the history. Start reading there.
+//! - [`json`], [`parameters`], [`conditions`]: what clients send, checked. [`euros`]: exact money.
+//! - [`database`]: connecting, the pool for writes and lists, the check of the schema. [`reader`]: reads by id.
+//! - [`error`]: from every failure to a status and a message. [`edge`] and [`wire`]: what every response shares.
+//! - [`admin`] and [`metrics`]: for operators. [`docs`]: for consumers.
+
+mod admin;
+mod conditions;
+mod database;
+mod docs;
+mod edge;
+mod error;
+mod euros;
+mod json;
+mod listings;
+mod metrics;
+mod parameters;
+mod prices;
+mod reader;
+mod routes;
+mod server;
+mod settings;
+mod wire;
+
+pub use server::run;
+pub use settings::HELP as SETTINGS;

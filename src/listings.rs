@@ -1,0 +1,544 @@
+//! A listing's whole life: what it looks like, how it is checked, and the statements behind each method.
+
+use actix_web::http::{StatusCode, header};
+use actix_web::{HttpRequest, HttpResponse, web};
+use bytes::Bytes;
+use chrono::{DateTime, Utc};
+use futures_util::stream::{self, Stream};
+use serde::Serialize;
+use tokio_postgres::Row;
+use tokio_postgres::types::ToSql;
+
+use crate::conditions::{self, IfMatch};
+use crate::database::Database;
+use crate::error::ApiError;
+use crate::euros::Euros;
+use crate::json::{self, Moment, Object, Problems};
+use crate::parameters::Parameters;
+use crate::reader::Reader;
+
+#[derive(Serialize)]
+pub struct Listing<'a> {
+    id: i32,
+    name: &'a str,
+    postal_address: PostalAddress<'a>,
+    description: &'a str,
+    building_type: &'a str,
+    latest_price_eur: Euros,
+    surface_area_m2: f64,
+    rooms_count: i32,
+    bedrooms_count: i32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    contact_phone_number: Option<&'a str>,
+    created_date: Moment,
+    updated_date: Moment,
+}
+
+#[derive(Serialize)]
+struct PostalAddress<'a> {
+    street_address: &'a str,
+    postal_code: &'a str,
+    city: &'a str,
+    country: &'a str,
+}
+
+/// What every statement returns of a listing. `xmin` is another one after every write to the row, whoever writes.
+const COLUMNS: &str = "id, name, street_address, postal_code, city, country, description, building_type, \
+    price::text as price, surface_area_m2, rooms_count, bedrooms_count, contact_phone_number, created_date, updated_date, \
+    xmin::text as version";
+
+impl<'a> TryFrom<&'a Row> for Listing<'a> {
+    type Error = ApiError;
+
+    fn try_from(row: &'a Row) -> Result<Self, ApiError> {
+        Ok(Self {
+            id: row.try_get("id")?,
+            name: row.try_get("name")?,
+            postal_address: PostalAddress {
+                street_address: row.try_get("street_address")?,
+                postal_code: row.try_get("postal_code")?,
+                city: row.try_get("city")?,
+                country: row.try_get("country")?,
+            },
+            description: row.try_get("description")?,
+            building_type: row.try_get("building_type")?,
+            latest_price_eur: Euros::parse(row.try_get("price")?).map_err(ApiError::internal)?,
+            surface_area_m2: row.try_get("surface_area_m2")?,
+            rooms_count: row.try_get("rooms_count")?,
+            bedrooms_count: row.try_get("bedrooms_count")?,
+            contact_phone_number: row.try_get("contact_phone_number")?,
+            created_date: Moment(row.try_get::<_, DateTime<Utc>>("created_date")?),
+            updated_date: Moment(row.try_get::<_, DateTime<Utc>>("updated_date")?),
+        })
+    }
+}
+
+/// What a body asks for. A field that it does not name is `None`.
+struct Input {
+    name: Option<String>,
+    street_address: Option<String>,
+    postal_code: Option<String>,
+    city: Option<String>,
+    country: Option<String>,
+    description: Option<String>,
+    building_type: Option<String>,
+    price: Option<Euros>,
+    surface_area_m2: Option<f64>,
+    rooms_count: Option<i32>,
+    bedrooms_count: Option<i32>,
+    /// `Some(None)` takes the number away.
+    #[expect(
+        clippy::option_option,
+        reason = "absent, null and a string are three things"
+    )]
+    contact_phone_number: Option<Option<String>>,
+}
+
+impl Input {
+    /// Reads a body: one that has to be `complete`, or one that names what to change.
+    fn parse(body: &[u8], complete: bool) -> Result<Self, ApiError> {
+        let mut all_problems = Problems::default();
+        let problems = &mut all_problems;
+        let mut object = Object::parse(body, complete, problems)?;
+        let name = object.string("name", problems, not_empty);
+        let (mut street_address, mut postal_code, mut city, mut country) = (None, None, None, None);
+        if let Some(mut address) = object.object("postal_address", "postal_address.", problems)? {
+            street_address = address.string("street_address", problems, not_empty);
+            postal_code = address.string("postal_code", problems, not_empty);
+            city = address.string("city", problems, not_empty);
+            country = address.string("country", problems, two_capital_letters);
+            address.finish(problems);
+        }
+        let input = Self {
+            name,
+            street_address,
+            postal_code,
+            city,
+            country,
+            description: object.string("description", problems, not_empty),
+            building_type: object.string("building_type", problems, known_building_type),
+            price: object.euros("latest_price_eur", problems),
+            surface_area_m2: object.measure("surface_area_m2", problems),
+            rooms_count: object.integer("rooms_count", problems, 1),
+            bedrooms_count: object.integer("bedrooms_count", problems, 0),
+            contact_phone_number: object.nullable_string("contact_phone_number", problems, e164),
+        };
+        object.finish(problems);
+        all_problems.into_result()?;
+        Ok(input)
+    }
+}
+
+fn not_empty(value: &str) -> Result<(), &'static str> {
+    if value.is_empty() {
+        Err("must not be empty")
+    } else {
+        Ok(())
+    }
+}
+
+pub fn two_capital_letters(value: &str) -> Result<(), &'static str> {
+    let right = value.len() == 2 && value.bytes().all(|letter| letter.is_ascii_uppercase());
+    if right {
+        Ok(())
+    } else {
+        Err("must be two capital letters")
+    }
+}
+
+pub fn known_building_type(value: &str) -> Result<(), &'static str> {
+    let right = ["STUDIO", "APARTMENT", "HOUSE"].contains(&value);
+    if right {
+        Ok(())
+    } else {
+        Err("must be STUDIO, APARTMENT or HOUSE")
+    }
+}
+
+fn e164(value: &str) -> Result<(), &'static str> {
+    let digits = value.strip_prefix('+').unwrap_or_default().as_bytes();
+    let right = (2..=15).contains(&digits.len())
+        && digits.iter().all(u8::is_ascii_digit)
+        && digits[0] != b'0';
+    if right {
+        Ok(())
+    } else {
+        Err("must be a phone number such as +33123456789")
+    }
+}
+
+/// The id in a path. What is no positive integer of 32 bits is the id of no listing.
+pub fn id(text: &str) -> Result<i32, ApiError> {
+    let id = text
+        .parse()
+        .ok()
+        .filter(|id| *id > 0 && text.bytes().all(|digit| digit.is_ascii_digit()));
+    id.ok_or_else(|| ApiError::no_listing(text))
+}
+
+pub async fn create(
+    request: HttpRequest,
+    payload: web::Payload,
+    database: web::Data<Database>,
+) -> Result<HttpResponse, ApiError> {
+    let body = json::read(payload).await?;
+    json::require_type(&request, &["application/json"])?;
+    let Input {
+        name,
+        street_address,
+        postal_code,
+        city,
+        country,
+        description,
+        building_type,
+        price,
+        surface_area_m2,
+        rooms_count,
+        bedrooms_count,
+        contact_phone_number,
+    } = Input::parse(&body, true)?;
+    let sql = format!(
+        "insert into public.listing (name, street_address, postal_code, city, country, description, building_type, \
+         price, surface_area_m2, rooms_count, bedrooms_count, contact_phone_number) \
+         values ($1, $2, $3, $4, $5, $6, $7, $8::text::numeric, $9, $10, $11, $12) returning {COLUMNS}"
+    );
+    let rows = database
+        .query(
+            &sql,
+            &[
+                &name,
+                &street_address,
+                &postal_code,
+                &city,
+                &country,
+                &description,
+                &building_type,
+                &price.map(|price| price.to_string()),
+                &surface_area_m2,
+                &rooms_count,
+                &bedrooms_count,
+                &contact_phone_number.flatten(),
+            ],
+        )
+        .await?;
+    let row = rows
+        .first()
+        .ok_or_else(|| ApiError::internal("an insert returned no row"))?;
+    let location = format!("/listings/{}", row.try_get::<_, i32>("id")?);
+    let mut response = respond(row, StatusCode::CREATED)?;
+    let location = location.parse().map_err(ApiError::internal)?;
+    response.headers_mut().insert(header::LOCATION, location);
+    Ok(response)
+}
+
+pub async fn get(
+    request: HttpRequest,
+    path: web::Path<String>,
+    reader: web::Data<Reader>,
+) -> Result<HttpResponse, ApiError> {
+    let id = id(&path)?;
+    let row = reader
+        .listing(id)
+        .await?
+        .ok_or_else(|| ApiError::no_listing(id))?;
+    let etag = conditions::etag(row.try_get("version")?);
+    if conditions::is_known(&request, &etag) {
+        return Ok(conditions::not_modified(etag));
+    }
+    respond(&row, StatusCode::OK)
+}
+
+/// The statement that the reader prepares.
+pub fn select_one() -> String {
+    format!("select {COLUMNS} from public.listing where id = $1")
+}
+
+pub async fn replace(
+    request: HttpRequest,
+    path: web::Path<String>,
+    payload: web::Payload,
+    database: web::Data<Database>,
+) -> Result<HttpResponse, ApiError> {
+    let body = json::read(payload).await?;
+    let id = id(&path)?;
+    json::require_type(&request, &["application/json"])?;
+    let mut input = Input::parse(&body, true)?;
+    // A replacement that names no number takes it away.
+    input.contact_phone_number.get_or_insert(None);
+    update(&request, &database, id, input).await
+}
+
+pub async fn patch(
+    request: HttpRequest,
+    path: web::Path<String>,
+    payload: web::Payload,
+    database: web::Data<Database>,
+) -> Result<HttpResponse, ApiError> {
+    let body = json::read(payload).await?;
+    let id = id(&path)?;
+    json::require_type(
+        &request,
+        &["application/merge-patch+json", "application/json"],
+    )?;
+    update(&request, &database, id, Input::parse(&body, false)?).await
+}
+
+/// Changes what the input names, if the row still is what the client has seen: both in one statement, so that of two who
+/// saw the same, one wins.
+async fn update(
+    request: &HttpRequest,
+    database: &Database,
+    id: i32,
+    input: Input,
+) -> Result<HttpResponse, ApiError> {
+    let Input {
+        name,
+        street_address,
+        postal_code,
+        city,
+        country,
+        description,
+        building_type,
+        price,
+        surface_area_m2,
+        rooms_count,
+        bedrooms_count,
+        contact_phone_number,
+    } = input;
+    let sql = format!(
+        "update public.listing set \
+         name = coalesce($3, name), \
+         street_address = coalesce($4, street_address), \
+         postal_code = coalesce($5, postal_code), \
+         city = coalesce($6, city), \
+         country = coalesce($7, country), \
+         description = coalesce($8, description), \
+         building_type = coalesce($9, building_type), \
+         price = coalesce($10::text::numeric, price), \
+         surface_area_m2 = coalesce($11, surface_area_m2), \
+         rooms_count = coalesce($12, rooms_count), \
+         bedrooms_count = coalesce($13, bedrooms_count), \
+         contact_phone_number = case when $14 then $15 else contact_phone_number end, \
+         updated_date = now() \
+         where id = $1 and ($2::text[] is null or xmin::text = any($2)) returning {COLUMNS}"
+    );
+    let if_match = IfMatch::of(request);
+    let rows = database
+        .query(
+            &sql,
+            &[
+                &id,
+                &if_match.versions(),
+                &name,
+                &street_address,
+                &postal_code,
+                &city,
+                &country,
+                &description,
+                &building_type,
+                &price.map(|price| price.to_string()),
+                &surface_area_m2,
+                &rooms_count,
+                &bedrooms_count,
+                &contact_phone_number.is_some(),
+                &contact_phone_number.flatten(),
+            ],
+        )
+        .await?;
+    match rows.first() {
+        Some(row) => respond(row, StatusCode::OK),
+        None => Err(why_not(database, id, &if_match).await),
+    }
+}
+
+pub async fn delete(
+    request: HttpRequest,
+    path: web::Path<String>,
+    database: web::Data<Database>,
+) -> Result<HttpResponse, ApiError> {
+    let id = id(&path)?;
+    let if_match = IfMatch::of(&request);
+    let sql = "delete from public.listing where id = $1 and ($2::text[] is null or xmin::text = any($2)) returning id";
+    match database
+        .query(sql, &[&id, &if_match.versions()])
+        .await?
+        .first()
+    {
+        Some(_) => Ok(HttpResponse::NoContent().finish()),
+        None => Err(why_not(&database, id, &if_match).await),
+    }
+}
+
+/// Why a write found no row: nothing there, or not what the client has seen.
+async fn why_not(database: &Database, id: i32, if_match: &IfMatch) -> ApiError {
+    if if_match.versions().is_none() {
+        return ApiError::no_listing(id);
+    }
+    match database
+        .query("select from public.listing where id = $1", &[&id])
+        .await
+    {
+        Ok(rows) if rows.is_empty() => ApiError::no_listing(id),
+        Ok(_) => {
+            let message = format!("if-match: listing {id} has changed since, read it again");
+            ApiError::new(StatusCode::PRECONDITION_FAILED, message)
+        }
+        Err(error) => error,
+    }
+}
+
+fn respond(row: &Row, status: StatusCode) -> Result<HttpResponse, ApiError> {
+    Ok(HttpResponse::build(status)
+        .insert_header((header::ETAG, conditions::etag(row.try_get("version")?)))
+        .insert_header((header::CACHE_CONTROL, "no-cache"))
+        .json(Listing::try_from(row)?))
+}
+
+/// Rows of a list read at a time. Each page gives its connection back before it is sent.
+const PAGE: usize = 1000;
+
+pub async fn list(
+    request: HttpRequest,
+    database: web::Data<Database>,
+) -> Result<HttpResponse, ApiError> {
+    let mut parameters = Parameters::of(&request)?;
+    let limit = parameters.limit()?;
+    let after = parameters.integer("after", 0)?.unwrap_or(0);
+    let mut filter = Filter::default();
+    filter.add(
+        "building_type =",
+        "",
+        parameters.string("building_type", known_building_type)?,
+    );
+    filter.add(
+        "country =",
+        "",
+        parameters.string("country", two_capital_letters)?,
+    );
+    filter.add("city =", "", parameters.string("city", not_empty)?);
+    filter.add(
+        "postal_code =",
+        "",
+        parameters.string("postal_code", not_empty)?,
+    );
+    filter.add(
+        "price >=",
+        "::text::numeric",
+        parameters.euros("min_price")?,
+    );
+    filter.add(
+        "price <=",
+        "::text::numeric",
+        parameters.euros("max_price")?,
+    );
+    filter.add("surface_area_m2 >=", "", parameters.measure("min_surface")?);
+    filter.add("rooms_count >=", "", parameters.integer("min_rooms", 0)?);
+    parameters.finish()?;
+
+    let mut response = HttpResponse::Ok();
+    response.insert_header((header::CACHE_CONTROL, "no-cache"));
+    let Some(limit) = limit else {
+        let first = filter.page(&database, after, PAGE).await?;
+        return Ok(response
+            .content_type("application/json")
+            .streaming(every_row(database, filter, first)));
+    };
+    // One more than asked for tells whether there is a further page.
+    let mut rows = filter.page(&database, after, limit + 1).await?;
+    if rows.len() > limit {
+        rows.truncate(rows.len() - 1);
+        if let Some(last) = rows.last() {
+            let last: i32 = last.try_get("id")?;
+            response.insert_header((
+                header::LINK,
+                parameters.next_page(request.path(), &last.to_string()),
+            ));
+        }
+    }
+    let listings = rows
+        .iter()
+        .map(Listing::try_from)
+        .collect::<Result<Vec<_>, _>>()?;
+    Ok(response.json(listings))
+}
+
+/// The conditions of a list and their values.
+#[derive(Default)]
+struct Filter {
+    conditions: String,
+    values: Vec<Box<dyn ToSql + Send + Sync>>,
+}
+
+impl Filter {
+    fn add(
+        &mut self,
+        condition: &str,
+        cast: &str,
+        value: Option<impl ToSql + Send + Sync + 'static>,
+    ) {
+        if let Some(value) = value {
+            self.values.push(Box::new(value));
+            // $1 is the id after which the page begins, $2 its size.
+            let number = self.values.len() + 2;
+            self.conditions = format!("{} and {condition} ${number}{cast}", self.conditions);
+        }
+    }
+
+    async fn page(
+        &self,
+        database: &Database,
+        after: i32,
+        size: usize,
+    ) -> Result<Vec<Row>, ApiError> {
+        let size = i64::try_from(size).unwrap_or(i64::MAX);
+        let conditions = &self.conditions;
+        let sql = format!(
+            "select {COLUMNS} from public.listing where id > $1{conditions} order by id limit $2"
+        );
+        let mut parameters: Vec<&(dyn ToSql + Sync)> = vec![&after, &size];
+        for value in &self.values {
+            parameters.push(value.as_ref());
+        }
+        database.query(&sql, &parameters).await
+    }
+}
+
+/// A JSON array in pieces: a page is read when the client has taken the one before.
+fn every_row(
+    database: web::Data<Database>,
+    filter: Filter,
+    first: Vec<Row>,
+) -> impl Stream<Item = Result<Bytes, ApiError>> {
+    // What is left to do: a page that was read already or the id behind which the next begins, and what stands before a row.
+    stream::try_unfold(Some((filter, Some(first), 0, b'[')), move |state| {
+        let database = database.clone();
+        async move {
+            let Some((filter, first, after, mut separator)) = state else {
+                return Ok(None);
+            };
+            let rows = match first {
+                Some(rows) => rows,
+                None => filter.page(&database, after, PAGE).await?,
+            };
+            let mut piece = Vec::with_capacity(rows.len() * 512 + 2);
+            for row in &rows {
+                piece.push(separator);
+                separator = b',';
+                serde_json::to_writer(&mut piece, &Listing::try_from(row)?)
+                    .map_err(ApiError::internal)?;
+            }
+            if let Some(last) = rows.last().filter(|_| rows.len() == PAGE) {
+                let after = last.try_get("id")?;
+                return Ok(Some((
+                    Bytes::from(piece),
+                    Some((filter, None, after, separator)),
+                )));
+            }
+            if separator == b'[' {
+                piece.push(b'[');
+            }
+            piece.push(b']');
+            Ok(Some((Bytes::from(piece), None)))
+        }
+    })
+}

@@ -1,0 +1,125 @@
+//! The parameters of a query, each of which may be given once and has a rule.
+
+use actix_web::HttpRequest;
+use actix_web::web::Query;
+use chrono::{DateTime, Utc};
+
+use crate::error::ApiError;
+use crate::euros::{Euros, whole};
+
+pub struct Parameters {
+    given: Vec<(String, String)>,
+    /// Those that somebody asked for: the others are unknown.
+    known: Vec<&'static str>,
+}
+
+impl Parameters {
+    pub fn of(request: &HttpRequest) -> Result<Self, ApiError> {
+        let query = Query::<Vec<(String, String)>>::from_query(request.query_string());
+        let given = query
+            .map_err(|_| ApiError::malformed("the query cannot be read"))?
+            .into_inner();
+        for (index, (name, _)) in given.iter().enumerate() {
+            if given.iter().take(index).any(|(seen, _)| seen == name) {
+                return Err(ApiError::malformed(format!("{name}: must be given once")));
+            }
+        }
+        Ok(Self {
+            given,
+            known: Vec::new(),
+        })
+    }
+
+    fn read<T>(
+        &mut self,
+        name: &'static str,
+        read: impl FnOnce(&str) -> Result<T, &'static str>,
+    ) -> Result<Option<T>, ApiError> {
+        self.known.push(name);
+        let value = self.given.iter().find(|(given, _)| given == name);
+        let read = value.map(|(_, value)| read(value)).transpose();
+        read.map_err(|problem| ApiError::malformed(format!("{name}: {problem}")))
+    }
+
+    pub fn limit(&mut self) -> Result<Option<usize>, ApiError> {
+        self.read("limit", |text| match digits(text).map(usize::try_from) {
+            Some(Ok(limit @ 1..=1000)) => Ok(limit),
+            _ => Err("must be between 1 and 1000"),
+        })
+    }
+
+    pub fn integer(&mut self, name: &'static str, least: i32) -> Result<Option<i32>, ApiError> {
+        self.read(name, |text| {
+            let value = digits(text).and_then(|value| i32::try_from(value).ok());
+            value
+                .filter(|value| *value >= least)
+                .ok_or("must be an integer between 0 and 2147483647")
+        })
+    }
+
+    pub fn long(&mut self, name: &'static str) -> Result<Option<i64>, ApiError> {
+        self.read(name, |text| {
+            digits(text).ok_or("must come from the link to this page")
+        })
+    }
+
+    pub fn euros(&mut self, name: &'static str) -> Result<Option<String>, ApiError> {
+        self.read(name, |text| {
+            Euros::parse(text).map(|euros| euros.to_string())
+        })
+    }
+
+    pub fn measure(&mut self, name: &'static str) -> Result<Option<f64>, ApiError> {
+        self.read(name, |text| match text.parse::<f64>() {
+            Ok(value) if value.is_finite() && value >= 0.0 => Ok(value),
+            _ => Err("must be a number, 0 or more"),
+        })
+    }
+
+    pub fn string(
+        &mut self,
+        name: &'static str,
+        rule: impl FnOnce(&str) -> Result<(), &'static str>,
+    ) -> Result<Option<String>, ApiError> {
+        self.read(name, |text| {
+            if text.contains('\0') {
+                return Err("must not contain the character U+0000");
+            }
+            rule(text).map(|()| text.to_owned())
+        })
+    }
+
+    pub fn moment(&mut self, name: &'static str) -> Result<Option<DateTime<Utc>>, ApiError> {
+        self.read(name, |text| match DateTime::parse_from_rfc3339(text) {
+            Ok(moment) => Ok(moment.to_utc()),
+            Err(_) => Err("must be a moment such as 2023-01-17T08:17:32Z"),
+        })
+    }
+
+    /// Refuses the parameters that nobody asked for.
+    pub fn finish(&self) -> Result<(), ApiError> {
+        match self
+            .given
+            .iter()
+            .find(|(name, _)| !self.known.contains(&name.as_str()))
+        {
+            Some((name, _)) => Err(ApiError::malformed(format!(
+                "{name}: is not a parameter here"
+            ))),
+            None => Ok(()),
+        }
+    }
+
+    /// The `Link` to what comes after, with all other parameters as they are.
+    pub fn next_page(&self, path: &str, after: &str) -> String {
+        let mut query = form_urlencoded::Serializer::new(String::new());
+        query.extend_pairs(self.given.iter().filter(|(name, _)| name != "after"));
+        query.append_pair("after", after);
+        format!("<{path}?{}>; rel=\"next\"", query.finish())
+    }
+}
+
+fn digits(text: &str) -> Option<i64> {
+    let plain = !text.is_empty() && text.bytes().all(|digit| digit.is_ascii_digit());
+    if plain { whole(text) } else { None }
+}

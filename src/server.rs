@@ -1,0 +1,158 @@
+//! Settings, check of the schema, serve, stop.
+
+use std::net::{SocketAddr, TcpListener};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use actix_http::{HttpService, KeepAlive, Protocol};
+use actix_server::Server;
+use actix_service::{ServiceFactoryExt, fn_service, map_config};
+use actix_web::dev::AppConfig;
+use actix_web::middleware::{Compress, Logger, from_fn};
+use actix_web::rt::net::TcpStream;
+use actix_web::web::Data;
+use actix_web::{App, HttpServer, rt};
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::admin::{self, Stopping};
+use crate::database::Database;
+use crate::edge::edge;
+use crate::error::describe;
+use crate::json::TRICKLE_LIMIT;
+use crate::metrics::Metrics;
+use crate::reader::Reader;
+use crate::routes::routes;
+use crate::settings::Settings;
+use crate::wire::Wire;
+
+/// Runs the service until it is told to stop, or only checks that it could. The error is what stands in the way.
+#[expect(clippy::missing_errors_doc, reason = "the sentence above says it")]
+pub async fn run(check_only: bool) -> Result<(), String> {
+    let settings = Data::new(Settings::from_env()?);
+    let database = Data::new(Database::new(&settings, 1)?);
+    database.check_schema().await?;
+    if check_only {
+        println!("settings, database and schema are as they should be");
+        return Ok(());
+    }
+    let workers = settings.workers;
+    let (api_listener, listen) = bind("LISTEN_ADDR", settings.listen)?;
+    let (admin_listener, admin_listen) = bind("ADMIN_ADDR", settings.admin)?;
+    let (shutdown_delay, shutdown_timeout) =
+        (settings.shutdown_delay, settings.shutdown_timeout.as_secs());
+    let pool_size = settings.pool_size.div_ceil(workers);
+    let databases = (0..workers).map(|_| Database::new(&settings, pool_size));
+    let databases = databases.collect::<Result<Vec<_>, _>>()?;
+    let metrics = Metrics::new(databases.clone()).map_err(|error| describe(&error))?;
+    let metrics = Data::new(metrics);
+    let stopping = Data::new(Stopping::default());
+
+    let api = {
+        let (settings, metrics, next) = (
+            settings.clone(),
+            metrics.clone(),
+            Arc::new(AtomicUsize::new(0)),
+        );
+        let builder = Server::build();
+        let stop_signal = builder.graceful_shutdown_signal();
+        // Called once for each worker, on its thread.
+        let service = move || {
+            let worker = next.fetch_add(1, Ordering::Relaxed) % databases.len();
+            let database = databases[worker].clone();
+            let app = App::new()
+                .app_data(settings.clone())
+                .app_data(metrics.clone())
+                .app_data(Data::new(Reader::new(database.clone())))
+                .app_data(Data::new(database))
+                .wrap(Compress::default())
+                .wrap(from_fn(edge))
+                .wrap(Logger::new("%r %s %b %Dms %{x-request-id}o"))
+                .configure(routes);
+            let stop_signal = stop_signal.clone();
+            let http = HttpService::build()
+                // At a stop, connections without a request under way end at once.
+                .graceful_shutdown_signal(move || {
+                    let signal = stop_signal.clone();
+                    async move { signal.notified().await }
+                })
+                .client_request_timeout(TRICKLE_LIMIT)
+                .client_disconnect_timeout(Duration::from_secs(1))
+                .keep_alive(KeepAlive::Timeout(Duration::from_secs(75)))
+                .finish(map_config(app, |()| AppConfig::default()));
+            let accept = |socket: TcpStream| async move {
+                // A socket that refuses has gone already, which the first read will show.
+                let _ = socket.set_nodelay(true);
+                let peer = socket.peer_addr().ok();
+                Ok((Wire::new(socket), Protocol::Http1, peer))
+            };
+            fn_service(accept).and_then(http)
+        };
+        builder
+            .workers(workers)
+            .shutdown_timeout(shutdown_timeout)
+            .disable_signals()
+            .listen("api", api_listener, service)
+            .map_err(|error| describe(&error))?
+            .run()
+    };
+    let admin = {
+        let (database, stopping) = (database.clone(), stopping.clone());
+        HttpServer::new(move || {
+            App::new()
+                .app_data(database.clone())
+                .app_data(metrics.clone())
+                .app_data(stopping.clone())
+                .configure(admin::routes)
+        })
+        .workers(1)
+        .disable_signals()
+        .listen(admin_listener)
+        .map_err(|error| describe(&error))?
+        .run()
+    };
+    log::info!(
+        "serving on http://{listen}, docs on http://{listen}/docs, health and metrics on http://{admin_listen}"
+    );
+
+    let (api_handle, admin_handle) = (api.handle(), admin.handle());
+    let stop = stop_signal()?;
+    rt::spawn(async move {
+        stop.await;
+        log::info!(
+            "stopping: no longer ready, then no new connections, then the end of the requests under way"
+        );
+        stopping.0.store(true, Ordering::Relaxed);
+        rt::time::sleep(shutdown_delay).await;
+        api_handle.stop(true).await;
+        admin_handle.stop(false).await;
+    });
+    let (api, admin) = futures_util::join!(api, admin);
+    api.and(admin).map_err(|error| describe(&error))?;
+    log::info!("stopped");
+    Ok(())
+}
+
+/// A listener and its address, which port 0 leaves to the system.
+fn bind(name: &str, address: SocketAddr) -> Result<(TcpListener, SocketAddr), String> {
+    let bound = TcpListener::bind(address).and_then(|listener| {
+        let address = listener.local_addr()?;
+        Ok((listener, address))
+    });
+    bound.map_err(|error| format!("cannot listen on {name}={address}: {error}"))
+}
+
+/// Ends at the first SIGTERM or SIGINT.
+fn stop_signal() -> Result<impl Future<Output = ()>, String> {
+    let handle = |kind| signal(kind).map_err(|error| format!("cannot wait for signals: {error}"));
+    let (mut terminate, mut interrupt) = (
+        handle(SignalKind::terminate())?,
+        handle(SignalKind::interrupt())?,
+    );
+    Ok(async move {
+        tokio::select! {
+            _ = terminate.recv() => (),
+            _ = interrupt.recv() => (),
+        }
+    })
+}

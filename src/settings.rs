@@ -1,0 +1,142 @@
+//! Settings come from the environment. Each has a default but `DATABASE_URL`; a bad one stops the start, by name.
+
+use std::env;
+use std::fmt::Display;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use tokio_postgres::Config;
+
+pub struct Settings {
+    pub database: Config,
+    pub ca_file: Option<PathBuf>,
+    pub listen: SocketAddr,
+    pub admin: SocketAddr,
+    pub workers: usize,
+    pub pool_size: usize,
+    pub pool_wait: Duration,
+    pub connect_timeout: Duration,
+    pub statement_timeout: Duration,
+    pub shutdown_delay: Duration,
+    pub shutdown_timeout: Duration,
+    /// Empty: any origin.
+    pub cors_origins: Vec<String>,
+}
+
+/// What `--help` prints of them.
+pub const HELP: &str = "\
+DATABASE_URL          postgres://user:password@host:port/database, required
+DATABASE_CA_FILE      certificate authority of the database, PEM; those of the system where not set
+LISTEN_ADDR           address of the API                             127.0.0.1:8080
+ADMIN_ADDR            address of /health and /metrics                127.0.0.1:8081
+WORKERS               threads that serve requests                    one for each core
+POOL_SIZE             database connections for writes and lists,
+                      shared out among the workers                   16
+POOL_WAIT_MS          how long a request waits for one of them       2000
+CONNECT_TIMEOUT_MS    how long connecting may take                   3000
+STATEMENT_TIMEOUT_MS  how long a statement may take                  5000
+SHUTDOWN_DELAY_MS     from not ready to no new connections           0
+SHUTDOWN_TIMEOUT_MS   for the requests under way                     30000
+CORS_ORIGINS          origins of browsers, separated by commas       *
+RUST_LOG              what is logged, as env_logger reads it         info";
+
+impl Settings {
+    pub fn from_env() -> Result<Self, String> {
+        Ok(Self {
+            database: database()?,
+            ca_file: env::var_os("DATABASE_CA_FILE")
+                .filter(|file| !file.is_empty())
+                .map(PathBuf::from),
+            listen: setting("LISTEN_ADDR", "127.0.0.1:8080", "an address and a port")?,
+            admin: setting("ADMIN_ADDR", "127.0.0.1:8081", "an address and a port")?,
+            workers: at_least_one(
+                "WORKERS",
+                std::thread::available_parallelism().map_or(1, usize::from),
+            )?,
+            pool_size: at_least_one("POOL_SIZE", 16)?,
+            pool_wait: milliseconds("POOL_WAIT_MS", 2_000)?,
+            connect_timeout: milliseconds("CONNECT_TIMEOUT_MS", 3_000)?,
+            statement_timeout: milliseconds("STATEMENT_TIMEOUT_MS", 5_000)?,
+            shutdown_delay: Duration::from_millis(setting(
+                "SHUTDOWN_DELAY_MS",
+                "0",
+                "milliseconds",
+            )?),
+            shutdown_timeout: milliseconds("SHUTDOWN_TIMEOUT_MS", 30_000)?,
+            cors_origins: cors_origins()?,
+        })
+    }
+}
+
+/// The URL holds a password, so it is the one setting whose value no message repeats.
+fn database() -> Result<Config, String> {
+    let form = "it has to be postgres://user:password@host:port/database";
+    let url = env::var("DATABASE_URL").map_err(|_| format!("DATABASE_URL is not set: {form}"))?;
+    let config = url
+        .parse::<Config>()
+        .map_err(|_| format!("DATABASE_URL cannot be read: {form}"))?;
+    if config.get_hosts().is_empty() {
+        return Err(format!("DATABASE_URL names no host: {form}"));
+    }
+    if config.get_dbname().is_none() {
+        return Err(format!("DATABASE_URL names no database: {form}"));
+    }
+    Ok(config)
+}
+
+fn setting<T: FromStr>(name: &str, default: &str, right: impl Display) -> Result<T, String> {
+    let value = match env::var(name) {
+        Ok(value) if !value.is_empty() => value,
+        Err(env::VarError::NotUnicode(value)) => {
+            return Err(format!(
+                "{name}={} is wrong: it has to be {right}",
+                value.display()
+            ));
+        }
+        _ => default.to_owned(),
+    };
+    value
+        .parse()
+        .map_err(|_| format!("{name}={value} is wrong: it has to be {right}, such as {default}"))
+}
+
+fn at_least_one(name: &str, default: usize) -> Result<usize, String> {
+    match setting(name, &default.to_string(), "a whole number from 1 to 1000")? {
+        value @ 1..=1000 => Ok(value),
+        value => Err(format!(
+            "{name}={value} is wrong: it has to be a whole number from 1 to 1000, such as {default}"
+        )),
+    }
+}
+
+fn milliseconds(name: &str, default: u64) -> Result<Duration, String> {
+    match setting(name, &default.to_string(), "milliseconds")? {
+        value @ 1..=3_600_000 => Ok(Duration::from_millis(value)),
+        value => Err(format!(
+            "{name}={value} is wrong: it has to be 1 to 3600000 milliseconds, such as {default}"
+        )),
+    }
+}
+
+fn cors_origins() -> Result<Vec<String>, String> {
+    let value: String = setting("CORS_ORIGINS", "*", "origins")?;
+    if value == "*" {
+        return Ok(Vec::new());
+    }
+    let origin = |origin: &str| {
+        let host = origin
+            .strip_prefix("https://")
+            .or_else(|| origin.strip_prefix("http://"))?;
+        let plain = !host.is_empty()
+            && host
+                .chars()
+                .all(|c| c.is_ascii_alphanumeric() || ".-:[]".contains(c));
+        plain.then(|| origin.to_owned())
+    };
+    let origins: Option<Vec<_>> = value.split(',').map(|entry| origin(entry.trim())).collect();
+    origins.ok_or_else(|| {
+        format!("CORS_ORIGINS={value} is wrong: it has to be * or origins such as https://example.com, separated by commas")
+    })
+}

@@ -1,0 +1,612 @@
+//! What bad input gets, row by row of the contract's table, and that it leaves nothing behind for the next request.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::harness::{Database, run, value};
+use crate::service::{Connection, JSON, LOFT, Service};
+
+/// Asserts a refusal, then that the same connection and a new one serve the next good request, and that nothing was written.
+fn assert_refused(
+    service: &Service,
+    connection: &mut Connection,
+    request: (&str, &str, &str, &[u8]),
+    expected: (u16, &str),
+) {
+    let (method, path, headers, body) = request;
+    let response = connection.send_bytes(method, path, headers, body);
+    let sent = String::from_utf8_lossy(body);
+    assert_eq!(
+        response.error(),
+        (expected.0, expected.1.to_owned()),
+        "{method} {path} {headers} {sent}"
+    );
+    for connection in [connection, &mut service.connect()] {
+        assert_eq!(
+            connection.send("GET", "/listings/1", "", "").json()["name"],
+            "Loft"
+        );
+    }
+}
+
+#[tokio::test]
+async fn what_is_no_json_is_malformed() {
+    let service = Service::start().await;
+    service.post(LOFT);
+    let mut connection = service.connect();
+    let with = |from: &str, to: &str| LOFT.replace(from, to).into_bytes();
+    let mut not_utf8 = LOFT.as_bytes().to_vec();
+    not_utf8[9] = 0xff;
+    for body in [
+        b"".to_vec(),
+        b"{".to_vec(),
+        with("480000", "NaN"),
+        with("480000", "1e400"),
+        with("480000", "-1e400"),
+        with("480000", "0123"),
+        with("480000", "+1"),
+        with("480000", "Infinity"),
+        with("Loft", r"\ud800"),
+        with("Loft", r"\x"),
+        with("Loft", "\n"),
+        with("}", "},"),
+        [LOFT, "x"].concat().into_bytes(),
+        not_utf8,
+    ] {
+        let response = connection.send_bytes("POST", "/listings", JSON, &body);
+        let (status, message) = response.error();
+        let sent = String::from_utf8_lossy(&body);
+        assert_eq!(status, 400, "{sent}: {message}");
+        assert!(
+            message.starts_with("the body is not JSON: line "),
+            "{message}"
+        );
+        assert_eq!(connection.send("GET", "/listings/1", "", "").status, 200);
+    }
+    assert_eq!(
+        value(&service.db.superuser, "select count(*) from listing").await,
+        "1"
+    );
+}
+
+#[tokio::test]
+#[expect(clippy::too_many_lines, reason = "a table of one row for each rule")]
+async fn json_that_breaks_a_rule_is_refused_by_the_name_of_its_field() {
+    let service = Service::start().await;
+    service.post(LOFT);
+    let mut connection = service.connect();
+    let number = "must be an integer between -2147483648 and 2147483647";
+    let range = "must be between 0 and 9999999999.99";
+    let nul = "must not contain the character U+0000";
+    let phone = "must be a phone number such as +33123456789";
+    for (from, to, expected) in [
+        (r#""name":"Loft","#, "", "name: is required"),
+        (r#""Loft""#, "1", "name: must be a string"),
+        (r#""Loft""#, "null", "name: must be a string"),
+        (r#""Loft""#, r#""""#, "name: must not be empty"),
+        (r#""Loft""#, r#""a\u0000b""#, &format!("name: {nul}")),
+        (
+            r#""name":"#,
+            r#""name":"x","name":"#,
+            "name: must be given once",
+        ),
+        (
+            r#""name":"#,
+            r#""id":7,"name":"#,
+            "id: is not a field of a listing",
+        ),
+        (
+            r#""name":"#,
+            r#""a\u0000":1,"name":"#,
+            "a\u{0}: is not a field of a listing",
+        ),
+        (
+            r#""name":"#,
+            r#""created_date":"2020-01-01T00:00:00Z","name":"#,
+            "created_date: is not a field of a listing",
+        ),
+        (r#""city":"Paris","#, "", "postal_address.city: is required"),
+        (
+            r#""Paris""#,
+            r#""""#,
+            "postal_address.city: must not be empty",
+        ),
+        (
+            r#""Paris""#,
+            r#""a\u0000""#,
+            &format!("postal_address.city: {nul}"),
+        ),
+        (
+            r#""FR""#,
+            r#""fr""#,
+            "postal_address.country: must be two capital letters",
+        ),
+        (
+            r#""FR""#,
+            r#""FRA""#,
+            "postal_address.country: must be two capital letters",
+        ),
+        (
+            r#""FR"}"#,
+            r#""FR","planet":1}"#,
+            "postal_address.planet: is not a field of a listing",
+        ),
+        (
+            r#""FR"}"#,
+            r#""FR","city":"x"}"#,
+            "postal_address.city: must be given once",
+        ),
+        (
+            "APARTMENT",
+            "CASTLE",
+            "building_type: must be STUDIO, APARTMENT or HOUSE",
+        ),
+        (
+            "APARTMENT",
+            "house",
+            "building_type: must be STUDIO, APARTMENT or HOUSE",
+        ),
+        ("480000", "-0.01", &format!("latest_price_eur: {range}")),
+        (
+            "480000",
+            "10000000000",
+            &format!("latest_price_eur: {range}"),
+        ),
+        ("480000", "1e300", &format!("latest_price_eur: {range}")),
+        (
+            "480000",
+            "0.001",
+            "latest_price_eur: must have at most 2 decimals",
+        ),
+        (
+            "480000",
+            "0.1000000000000000055",
+            "latest_price_eur: must have at most 2 decimals",
+        ),
+        ("480000", r#""1""#, "latest_price_eur: must be a number"),
+        ("480000", "true", "latest_price_eur: must be a number"),
+        ("480000", "null", "latest_price_eur: must be a number"),
+        ("480000", "[1]", "latest_price_eur: must be a number"),
+        ("42.5", "-1", "surface_area_m2: must be 0 or more"),
+        ("42.5", r#""1""#, "surface_area_m2: must be a number"),
+        (
+            r#""rooms_count":2"#,
+            r#""rooms_count":0"#,
+            "rooms_count: must be 1 or more",
+        ),
+        (
+            r#""rooms_count":2"#,
+            r#""rooms_count":2.7"#,
+            &format!("rooms_count: {number}"),
+        ),
+        (
+            r#""rooms_count":2"#,
+            r#""rooms_count":3000000000"#,
+            &format!("rooms_count: {number}"),
+        ),
+        (
+            r#""rooms_count":2"#,
+            r#""rooms_count":1e300"#,
+            &format!("rooms_count: {number}"),
+        ),
+        (
+            r#""rooms_count":2"#,
+            r#""rooms_count":"2""#,
+            "rooms_count: must be an integer",
+        ),
+        (
+            r#""rooms_count":2"#,
+            r#""rooms_count":true"#,
+            "rooms_count: must be an integer",
+        ),
+        (
+            r#""bedrooms_count":1"#,
+            r#""bedrooms_count":-1"#,
+            "bedrooms_count: must be 0 or more",
+        ),
+        (
+            "+33123456789",
+            "+0",
+            &format!("contact_phone_number: {phone}"),
+        ),
+        (
+            "+33123456789",
+            "33123456789",
+            &format!("contact_phone_number: {phone}"),
+        ),
+        (
+            "+33123456789",
+            "+1234567890123456",
+            &format!("contact_phone_number: {phone}"),
+        ),
+        (
+            "+33123456789",
+            "",
+            &format!("contact_phone_number: {phone}"),
+        ),
+    ] {
+        let body = LOFT.replacen(from, to, 1);
+        assert_ne!(body, LOFT, "{from}");
+        for (method, path) in [("POST", "/listings"), ("PUT", "/listings/1")] {
+            assert_refused(
+                &service,
+                &mut connection,
+                (method, path, JSON, body.as_bytes()),
+                (422, expected),
+            );
+        }
+        if !expected.contains("required") && !expected.contains("once") {
+            assert_refused(
+                &service,
+                &mut connection,
+                ("PATCH", "/listings/1", JSON, body.as_bytes()),
+                (422, expected),
+            );
+        }
+    }
+    for (body, expected) in [
+        ("[]", "the body must be an object"),
+        (" 1 ", "the body must be an object"),
+        ("null", "the body must be an object"),
+        (
+            r#"{"postal_address":null}"#,
+            "postal_address: must be an object",
+        ),
+        (
+            r#"{"postal_address":[]}"#,
+            "postal_address: must be an object",
+        ),
+        (
+            r#"{"name":1,"rooms_count":0,"x":{}}"#,
+            "name: must be a string; rooms_count: must be 1 or more; x: is not a field of a listing",
+        ),
+    ] {
+        assert_refused(
+            &service,
+            &mut connection,
+            ("PATCH", "/listings/1", JSON, body.as_bytes()),
+            (422, expected),
+        );
+    }
+    assert_eq!(
+        value(
+            &service.db.superuser,
+            "select count(*) from listing_price_log"
+        )
+        .await,
+        "1"
+    );
+}
+
+#[tokio::test]
+async fn a_whole_number_may_be_written_with_a_decimal_point() {
+    let service = Service::start().await;
+    let body = LOFT
+        .replace(r#""rooms_count":2"#, r#""rooms_count":2.0"#)
+        .replace("480000", "4.8e5");
+    let created = service.post(&body);
+    assert_eq!(created.status, 201);
+    assert!(
+        created.text().contains(r#""latest_price_eur":480000,"#)
+            && created.text().contains(r#""rooms_count":2,"#)
+    );
+}
+
+#[tokio::test]
+async fn a_body_that_is_not_declared_as_json_is_refused() {
+    let service = Service::start().await;
+    service.post(LOFT);
+    let mut connection = service.connect();
+    let json = "content-type: must be application/json";
+    let merge = "content-type: must be application/merge-patch+json or application/json";
+    for (method, path, message) in [
+        ("POST", "/listings", json),
+        ("PUT", "/listings/1", json),
+        ("PATCH", "/listings/1", merge),
+    ] {
+        for headers in [
+            "",
+            "content-type: text/plain\r\n",
+            "content-type: application/jsonp\r\n",
+            "content-type: /\r\n",
+        ] {
+            assert_refused(
+                &service,
+                &mut connection,
+                (method, path, headers, LOFT.as_bytes()),
+                (415, message),
+            );
+        }
+        let encoded = format!("{JSON}content-encoding: gzip\r\n");
+        let message = "content-encoding: must be absent";
+        assert_refused(
+            &service,
+            &mut connection,
+            (method, path, &encoded, LOFT.as_bytes()),
+            (415, message),
+        );
+    }
+    for content_type in [
+        "Application/JSON",
+        "application/json; charset=utf-8",
+        "application/json;charset=\"utf-8\"",
+    ] {
+        let headers = format!("content-type: {content_type}\r\n");
+        assert_eq!(
+            service.send("POST", "/listings", &headers, LOFT).status,
+            201
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_body_over_64_kib_is_refused_and_one_of_64_kib_is_not() {
+    let service = Service::start().await;
+    service.post(LOFT);
+    let of_length =
+        |length: usize| LOFT.replace("Under the roof", &"x".repeat(length - LOFT.len() + 14));
+    let mut connection = service.connect();
+    let largest = of_length(64 * 1024);
+    assert_eq!(
+        connection.send("POST", "/listings", JSON, &largest).status,
+        201
+    );
+    let larger = of_length(64 * 1024 + 1);
+    let request = ("PUT", "/listings/1", JSON, larger.as_bytes());
+    assert_refused(
+        &service,
+        &mut connection,
+        request,
+        (413, "the body must not exceed 64 KiB"),
+    );
+    // In pieces, whose length nobody has declared.
+    connection.write(b"POST /listings HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n");
+    for piece in larger.as_bytes().chunks(10_000) {
+        connection.write(&[format!("{:x}\r\n", piece.len()).as_bytes(), piece, b"\r\n"].concat());
+    }
+    connection.write(b"0\r\n\r\n");
+    assert_eq!(connection.receive("POST", "/listings").status, 413);
+    assert_eq!(service.get("/listings/1").status, 200);
+}
+
+#[tokio::test]
+async fn what_is_not_there_is_not_found() {
+    let service = Service::start().await;
+    service.post(LOFT);
+    let mut connection = service.connect();
+    for id in [
+        "2",
+        "0",
+        "-1",
+        "+1",
+        "01x",
+        "1.0",
+        "2147483648",
+        "99999999999999999999",
+        "abc",
+        "%31x",
+        "1%00",
+    ] {
+        for path in [format!("/listings/{id}"), format!("/listings/{id}/prices")] {
+            let (status, message) = connection.send("GET", &path, "", "").error();
+            assert!(
+                status == 404
+                    && message.starts_with("listing ")
+                    && message.ends_with(" does not exist"),
+                "{path}: {message}"
+            );
+        }
+        for method in ["PUT", "PATCH"] {
+            assert_eq!(
+                connection
+                    .send(method, &format!("/listings/{id}"), JSON, LOFT)
+                    .status,
+                404
+            );
+        }
+        assert_eq!(
+            connection
+                .send("DELETE", &format!("/listings/{id}"), "", "")
+                .status,
+            404
+        );
+    }
+    let nothing = "there is nothing at this path, see /openapi.yaml";
+    for path in [
+        "/",
+        "/listings/",
+        "/listings/1/",
+        "/listings/1/prices/",
+        "/listing",
+        "/health/live",
+        "/metrics",
+        "//",
+        "/docs/",
+    ] {
+        let (status, message) = connection.send("GET", path, "", "").error();
+        assert!(
+            status == 404 && (message == nothing || path == "/listings/" || path == "/docs/"),
+            "{path}: {message}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_parameter_that_breaks_its_rule_is_named() {
+    let service = Service::start().await;
+    service.post(LOFT);
+    let mut connection = service.connect();
+    for (query, expected) in [
+        ("/listings?limit=0", "limit: must be between 1 and 1000"),
+        ("/listings?limit=1001", "limit: must be between 1 and 1000"),
+        ("/listings?limit=1e2", "limit: must be between 1 and 1000"),
+        ("/listings?limit=", "limit: must be between 1 and 1000"),
+        ("/listings?limit=1&limit=2", "limit: must be given once"),
+        (
+            "/listings?after=-1",
+            "after: must be an integer between 0 and 2147483647",
+        ),
+        (
+            "/listings?after=2147483648",
+            "after: must be an integer between 0 and 2147483647",
+        ),
+        (
+            "/listings?min_rooms=x",
+            "min_rooms: must be an integer between 0 and 2147483647",
+        ),
+        (
+            "/listings?building_type=house",
+            "building_type: must be STUDIO, APARTMENT or HOUSE",
+        ),
+        (
+            "/listings?country=fr",
+            "country: must be two capital letters",
+        ),
+        ("/listings?city=", "city: must not be empty"),
+        (
+            "/listings?city=%00",
+            "city: must not contain the character U+0000",
+        ),
+        (
+            "/listings?min_price=-1",
+            "min_price: must be between 0 and 9999999999.99",
+        ),
+        (
+            "/listings?max_price=0.001",
+            "max_price: must have at most 2 decimals",
+        ),
+        ("/listings?max_price=x", "max_price: must be a number"),
+        (
+            "/listings?min_surface=NaN",
+            "min_surface: must be a number, 0 or more",
+        ),
+        ("/listings?page=2", "page: is not a parameter here"),
+        (
+            "/listings/1/prices?limit=0",
+            "limit: must be between 1 and 1000",
+        ),
+        (
+            "/listings/1/prices?from=yesterday",
+            "from: must be a moment such as 2023-01-17T08:17:32Z",
+        ),
+        (
+            "/listings/1/prices?to=2023-01-17",
+            "to: must be a moment such as 2023-01-17T08:17:32Z",
+        ),
+        (
+            "/listings/1/prices?after=x",
+            "after: must come from the link to this page",
+        ),
+        ("/listings/1/prices?x", "x: is not a parameter here"),
+    ] {
+        assert_refused(
+            &service,
+            &mut connection,
+            ("GET", query, "", b""),
+            (400, expected),
+        );
+    }
+}
+
+#[tokio::test]
+async fn what_is_no_http_gets_the_error_of_the_contract_and_the_end_of_its_connection() {
+    let service = Service::start().await;
+    service.post(LOFT);
+    for garbage in [
+        &b"GARBAGE\r\n\r\n"[..],
+        b"GET /\x01 HTTP/1.1\r\n\r\n",
+        b"POST /listings HTTP/1.1\r\nhost: x\r\ncontent-length: -1\r\n\r\n",
+        b"POST /listings HTTP/1.1\r\nhost: x\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\n",
+        b"GET / HTTP/9.9\r\n\r\n",
+    ] {
+        let mut connection = service.connect();
+        // Behind a good request, whose answer must come first and whole.
+        connection.write(&[b"GET /listings/1 HTTP/1.1\r\nhost: x\r\n\r\n", garbage].concat());
+        assert_eq!(connection.receive("GET", "/listings/1").status, 200);
+        let response = connection.receive("GET", "/");
+        assert_eq!(
+            response.error(),
+            (400, "the request is not well-formed HTTP".to_owned())
+        );
+        assert_eq!(response.header("access-control-allow-origin"), Some("*"));
+        connection.assert_closed();
+        assert_eq!(service.get("/listings/1").status, 200);
+    }
+}
+
+#[tokio::test]
+async fn connections_that_trickle_are_closed_and_hold_up_nobody() {
+    let service = Service::start().await;
+    service.post(LOFT);
+    let begun = Instant::now();
+    let mut slow: Vec<_> = (0..200).map(|_| service.connect()).collect();
+    for (index, connection) in slow.iter_mut().enumerate() {
+        connection.write(match index % 2 {
+            0 => b"GET /listings/1 HTTP/1.1\r\nhos",
+            _ => b"POST /listings HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n{\"na",
+        });
+    }
+    while begun.elapsed() < Duration::from_secs(8) {
+        let sent = Instant::now();
+        assert_eq!(service.get("/listings/1").status, 200);
+        assert_eq!(service.post(LOFT).status, 201);
+        assert!(
+            sent.elapsed() < Duration::from_secs(2),
+            "held up for {:?}",
+            sent.elapsed()
+        );
+        thread::sleep(Duration::from_millis(50));
+    }
+    for (index, connection) in slow.iter_mut().enumerate() {
+        let (status, message) = connection.receive("POST", "/").error();
+        let expected = [
+            "the request took too long to arrive",
+            "the body took too long to arrive",
+        ][index % 2];
+        assert_eq!((status, message.as_str()), (408, expected));
+        connection.assert_closed();
+    }
+    assert!(
+        begun.elapsed() < Duration::from_secs(15),
+        "{:?}",
+        begun.elapsed()
+    );
+}
+
+#[tokio::test]
+async fn a_slow_reader_of_everything_costs_neither_memory_nor_a_connection() {
+    let db = Database::migrated().await;
+    let fill = "insert into listing (name, description, building_type, street_address, postal_code, city, country, \
+        surface_area_m2, rooms_count, bedrooms_count, price) \
+        select 'Loft', repeat('Under the roof. ', 10), 'HOUSE', 'x', 'x', 'x', 'FR', 1, 1, 1, n from generate_series(1, 300000) as n";
+    run(&db.superuser, fill).await;
+    run(&db.superuser, "analyze listing").await;
+    let service = Service::start_with(db, &[("POOL_SIZE", "1"), ("WORKERS", "1")]).await;
+    let mut slow = service.connect();
+    slow.write(b"GET /listings HTTP/1.1\r\nhost: x\r\n\r\n");
+    thread::sleep(Duration::from_millis(500));
+    // The one connection of the pool is free while nobody reads.
+    for _ in 0..20 {
+        let sent = Instant::now();
+        assert_eq!(service.get("/listings?limit=1").status, 200);
+        assert!(
+            sent.elapsed() < Duration::from_secs(1),
+            "held up for {:?}",
+            sent.elapsed()
+        );
+    }
+    let listings = slow.receive_unchecked("GET").json();
+    let listings = listings.as_array().expect("an array");
+    assert_eq!(listings.len(), 300_000);
+    assert!(
+        listings
+            .iter()
+            .zip(1..)
+            .all(|(listing, id)| listing["id"] == id)
+    );
+    assert!(
+        service.resident_kib() < 64 * 1024,
+        "{} KiB",
+        service.resident_kib()
+    );
+}

@@ -1,0 +1,427 @@
+//! Starting and stopping: what stands in the way is named, and nothing is cut off.
+
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::harness::{Cluster, Database, in_checkout, printed, refinery, run};
+use crate::service::{Connection, JSON, LOFT, Service, command, service_url};
+
+/// Asserts that the program ends within 10 s with exit code 1 and exactly this sentence.
+fn assert_refuses(mut command: Command, sentence: &str) {
+    for argument in [None, Some("--check")] {
+        let begun = Instant::now();
+        let output = command.args(argument).output().expect("the program");
+        assert_eq!(printed(&output), format!("listing-api: {sentence}\n"));
+        assert_eq!(output.status.code(), Some(1));
+        assert!(begun.elapsed() < Duration::from_secs(10));
+    }
+}
+
+#[test]
+fn a_bad_setting_is_named_with_its_value_and_what_would_be_right() {
+    for (name, value, sentence) in [
+        (
+            "DATABASE_URL",
+            "nonsense",
+            "DATABASE_URL cannot be read: it has to be postgres://user:password@host:port/database",
+        ),
+        (
+            "DATABASE_URL",
+            "postgres://u:secret@h",
+            "DATABASE_URL names no database: it has to be postgres://user:password@host:port/database",
+        ),
+        (
+            "LISTEN_ADDR",
+            "8080",
+            "LISTEN_ADDR=8080 is wrong: it has to be an address and a port, such as 127.0.0.1:8080",
+        ),
+        (
+            "ADMIN_ADDR",
+            "x",
+            "ADMIN_ADDR=x is wrong: it has to be an address and a port, such as 127.0.0.1:8081",
+        ),
+        (
+            "WORKERS",
+            "0",
+            "WORKERS=0 is wrong: it has to be a whole number from 1 to 1000, such as ",
+        ),
+        (
+            "POOL_SIZE",
+            "many",
+            "POOL_SIZE=many is wrong: it has to be a whole number from 1 to 1000, such as 16",
+        ),
+        (
+            "POOL_WAIT_MS",
+            "0",
+            "POOL_WAIT_MS=0 is wrong: it has to be 1 to 3600000 milliseconds, such as 2000",
+        ),
+        (
+            "CONNECT_TIMEOUT_MS",
+            "-1",
+            "CONNECT_TIMEOUT_MS=-1 is wrong: it has to be milliseconds, such as 3000",
+        ),
+        (
+            "STATEMENT_TIMEOUT_MS",
+            "1s",
+            "STATEMENT_TIMEOUT_MS=1s is wrong: it has to be milliseconds, such as 5000",
+        ),
+        (
+            "SHUTDOWN_DELAY_MS",
+            "x",
+            "SHUTDOWN_DELAY_MS=x is wrong: it has to be milliseconds, such as 0",
+        ),
+        (
+            "SHUTDOWN_TIMEOUT_MS",
+            "0",
+            "SHUTDOWN_TIMEOUT_MS=0 is wrong: it has to be 1 to 3600000 milliseconds, such as 30000",
+        ),
+        (
+            "CORS_ORIGINS",
+            "example.com",
+            "CORS_ORIGINS=example.com is wrong: it has to be * or origins such as https://example.com, separated by commas",
+        ),
+        (
+            "DATABASE_CA_FILE",
+            "/nowhere",
+            "DATABASE_CA_FILE=/nowhere: ",
+        ),
+    ] {
+        let output = command("postgres://u@127.0.0.1:1/d")
+            .env(name, value)
+            .output()
+            .expect("the program");
+        let printed = printed(&output);
+        assert!(
+            printed.starts_with(&format!("listing-api: {sentence}")),
+            "{printed}"
+        );
+        assert_eq!(
+            (printed.lines().count(), output.status.code()),
+            (1, Some(1)),
+            "{printed}"
+        );
+        assert!(!printed.contains("secret"));
+    }
+    let mut unset = command("");
+    unset.env_remove("DATABASE_URL");
+    assert_refuses(
+        unset,
+        "DATABASE_URL is not set: it has to be postgres://user:password@host:port/database",
+    );
+}
+
+#[tokio::test]
+async fn a_database_that_does_not_fit_is_refused_with_the_mend() {
+    let mend = "run: refinery migrate -e DATABASE_URL -p sql -g -d -m";
+    let db = Database::empty().await;
+    assert_refuses(
+        command(&db.url()),
+        &format!("the database has no schema yet: {mend}"),
+    );
+
+    let db = Database::migrated().await;
+    let url = service_url(&db).await;
+    let ahead = "insert into refinery_schema_history values (99, 'from_the_future', '2026-01-01T00:00:00Z', '1')";
+    run(&db.superuser, ahead).await;
+    assert_refuses(
+        command(&url),
+        "the database is ahead, it has V99__from_the_future: run a newer release of the service",
+    );
+    run(
+        &db.superuser,
+        "delete from refinery_schema_history where version >= 5",
+    )
+    .await;
+    assert_refuses(
+        command(&url),
+        &format!("the database is behind, it lacks V5__grant_roles: {mend}"),
+    );
+    run(
+        &db.superuser,
+        "update refinery_schema_history set checksum = '1' where version = 2",
+    )
+    .await;
+    assert_refuses(
+        command(&url),
+        "migration V2__harden_listing of the database is not the one that this service was built with: \
+         run the service and the migrations of the same release",
+    );
+}
+
+#[tokio::test]
+async fn a_database_that_cannot_be_reached_is_named_as_the_reason() {
+    let db = Database::migrated().await;
+    let url = service_url(&db).await;
+    for (url, reason) in [
+        (
+            url.replace(":secret@", ":hidden@"),
+            "password authentication failed",
+        ),
+        (
+            "postgres://u:hidden@127.0.0.1:1/d".to_owned(),
+            "Connection refused",
+        ),
+        (url.replace(&db.name, "listing_test_nowhere"), ""),
+    ] {
+        let begun = Instant::now();
+        let output = command(&url).output().expect("the program");
+        let printed = printed(&output);
+        assert!(
+            printed.starts_with("listing-api: cannot connect to the database: "),
+            "{printed}"
+        );
+        assert!(
+            printed.contains(reason) && printed.lines().count() == 1,
+            "{printed}"
+        );
+        assert!(
+            !printed.contains("hidden") && !printed.contains("secret"),
+            "{printed}"
+        );
+        assert_eq!(output.status.code(), Some(1));
+        assert!(begun.elapsed() < Duration::from_secs(10));
+    }
+    // A listener that accepts and never answers.
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").expect("a listener");
+    let address = silent.local_addr().expect("its address");
+    let limit = "no connection to the database within the limit";
+    assert_refuses(
+        command(&format!("postgres://u@{address}/d")),
+        &format!("cannot connect to the database: {limit}"),
+    );
+}
+
+#[tokio::test]
+async fn the_arguments_answer() {
+    let help = command("").arg("--help").output().expect("the program");
+    assert!(help.status.success());
+    for name in ["DATABASE_URL", "LISTEN_ADDR", "CORS_ORIGINS", "--check"] {
+        assert!(printed(&help).contains(name), "{name}");
+    }
+    let version = command("").arg("--version").output().expect("the program");
+    assert_eq!(
+        printed(&version),
+        concat!("listing-api ", env!("CARGO_PKG_VERSION"), "\n")
+    );
+    let unknown = command("").arg("--chekc").output().expect("the program");
+    assert_eq!(unknown.status.code(), Some(1));
+    assert_eq!(
+        printed(&unknown),
+        "listing-api: unknown arguments --chekc: see --help\n"
+    );
+    let db = Database::migrated().await;
+    let check = command(&service_url(&db).await)
+        .arg("--check")
+        .output()
+        .expect("the program");
+    assert_eq!(
+        printed(&check),
+        "settings, database and schema are as they should be\n"
+    );
+    assert!(check.status.success());
+}
+
+#[tokio::test]
+async fn a_taken_address_is_named() {
+    let service = Service::start().await;
+    let output = command(&service.url)
+        .env("LISTEN_ADDR", &service.address)
+        .output()
+        .expect("the program");
+    let expected = format!(
+        "listing-api: cannot listen on LISTEN_ADDR={}: ",
+        service.address
+    );
+    assert!(
+        printed(&output).starts_with(&expected),
+        "{}",
+        printed(&output)
+    );
+}
+
+#[tokio::test]
+async fn a_stop_lets_the_requests_under_way_finish() {
+    for signal in ["-TERM", "-INT"] {
+        let mut service =
+            Service::start_with(Database::migrated().await, &[("SHUTDOWN_DELAY_MS", "300")]).await;
+        service.post(LOFT);
+        run(&service.db.superuser, "begin; update listing set price = 1").await;
+        let mut waiting = service.connect();
+        let head = format!(
+            "PUT /listings/1 HTTP/1.1\r\nhost: x\r\n{JSON}content-length: {}\r\n\r\n",
+            LOFT.len()
+        );
+        waiting.write(&[head.as_bytes(), LOFT.as_bytes()].concat());
+        thread::sleep(Duration::from_millis(200));
+        service.signal(signal);
+        // Told apart from a crash by whoever asks, while requests are still served.
+        let mut admin = Connection::to(&service.admin_address);
+        admin.write(b"GET /health/ready HTTP/1.1\r\nhost: x\r\n\r\n");
+        assert_eq!(
+            admin.receive_unchecked("GET").error(),
+            (503, "stopping".to_owned())
+        );
+        assert_eq!(service.get("/listings/1").status, 200);
+        thread::sleep(Duration::from_millis(600));
+        assert!(
+            std::net::TcpStream::connect(&service.address).is_err(),
+            "new connections are still taken"
+        );
+        run(&service.db.superuser, "commit").await;
+        assert_eq!(waiting.receive("PUT", "/listings/1").status, 200);
+        // Idle connections, which this one is now, do not hold up the end.
+        let answered = Instant::now();
+        assert_eq!(service.wait(), Some(0));
+        assert!(
+            answered.elapsed() < Duration::from_secs(5),
+            "{:?}",
+            answered.elapsed()
+        );
+        assert_eq!(service.logged("stopped").len(), 1);
+    }
+}
+
+#[tokio::test]
+async fn health_and_metrics_tell_what_is_going_on() {
+    let service = Service::start().await;
+    service.post(LOFT);
+    service.get("/listings/1");
+    service.get("/listings/7");
+    service.get("/nothing/here");
+    let ask = |path: &str| {
+        let mut admin = Connection::to(&service.admin_address);
+        admin.write(format!("GET {path} HTTP/1.1\r\nhost: x\r\n\r\n").as_bytes());
+        admin.receive_unchecked("GET")
+    };
+    assert_eq!(
+        (ask("/health/live").status, ask("/health/ready").status),
+        (200, 200)
+    );
+    let metrics = ask("/metrics");
+    for line in [
+        r#"http_request_duration_seconds_count{method="POST",route="/listings",status="201"} 1"#,
+        r#"http_request_duration_seconds_count{method="GET",route="/listings/{id}",status="200"} 1"#,
+        r#"http_request_duration_seconds_count{method="GET",route="/listings/{id}",status="404"} 1"#,
+        r#"http_request_duration_seconds_count{method="GET",route="none",status="404"} 1"#,
+        "database_pool_waiting 0",
+        concat!(
+            "listing_api_build_info{version=\"",
+            env!("CARGO_PKG_VERSION"),
+            "\"} 1"
+        ),
+    ] {
+        assert!(
+            metrics.text().lines().any(|given| given == line),
+            "{line} in {}",
+            metrics.text()
+        );
+    }
+    run(
+        &service.db.superuser,
+        &format!(
+            "alter database {} set default_transaction_read_only = on",
+            service.db.name
+        ),
+    )
+    .await;
+    let terminate = "select pg_terminate_backend(pid) from pg_stat_activity where usename ~ '_login$' and datname = current_database()";
+    run(&service.db.superuser, terminate).await;
+    assert_eq!(
+        ask("/health/ready").error(),
+        (503, "the database is read-only".to_owned())
+    );
+    assert_eq!(service.send("PATCH", "/listings/1", JSON, "{}").status, 503);
+    assert_eq!(service.get("/listings/1").status, 200);
+    run(
+        &service.db.superuser,
+        "update refinery_schema_history set checksum = '1' where version = 2",
+    )
+    .await;
+    assert_eq!(ask("/health/ready").status, 503);
+    assert_eq!(ask("/health/live").status, 200);
+}
+
+#[tokio::test]
+async fn without_a_database_requests_get_503_and_its_cause_stands_in_the_log_once() {
+    // A server of its own, which this test stops and starts.
+    let cluster = Cluster::start();
+    let output = refinery(&cluster.url, &in_checkout("sql"));
+    assert!(output.status.success(), "{}", printed(&output));
+    let db = Database::empty().await;
+    let service = Service::start_at(
+        &cluster.url,
+        db,
+        &[("POOL_WAIT_MS", "500"), ("CONNECT_TIMEOUT_MS", "500")],
+    );
+    assert_eq!(service.post(LOFT).status, 201);
+    assert_eq!(service.get("/listings/1").status, 200);
+    crate::commands::stop(&cluster);
+    let message = "the database cannot be reached at the moment, try again later";
+    for (method, path, body) in [
+        ("GET", "/listings/1", ""),
+        ("GET", "/listings/1/prices", ""),
+        ("GET", "/listings", ""),
+        ("POST", "/listings", LOFT),
+    ] {
+        let begun = Instant::now();
+        let response = service.send(method, path, JSON, body);
+        assert_eq!(response.error(), (503, message.to_owned()));
+        assert_eq!(response.header("retry-after"), Some("1"));
+        assert!(begun.elapsed() < Duration::from_secs(3));
+        let id = response.header("x-request-id").expect("a request id");
+        let causes = service
+            .logged(id)
+            .into_iter()
+            .filter(|line| line.contains("ERROR"))
+            .collect::<Vec<_>>();
+        assert_eq!(causes.len(), 1, "{causes:?}");
+        assert!(!causes[0].contains("password"), "{causes:?}");
+    }
+    crate::harness::succeed(Cluster::script(cluster.folder.path(), "up"), "");
+    assert_eq!(service.get("/listings/1").status, 200);
+    assert_eq!(service.post(LOFT).status, 201);
+}
+
+#[tokio::test]
+async fn a_statement_that_takes_too_long_gets_504_and_leaves_nothing_behind() {
+    let settings = [
+        ("STATEMENT_TIMEOUT_MS", "300"),
+        ("POOL_SIZE", "2"),
+        ("POOL_WAIT_MS", "1000"),
+    ];
+    let service = Service::start_with(Database::migrated().await, &settings).await;
+    service.post(LOFT);
+    run(&service.db.superuser, "begin; update listing set price = 1").await;
+    let response = service.send("PUT", "/listings/1", JSON, LOFT);
+    assert_eq!(
+        response.error(),
+        (504, "the database took too long to answer".to_owned())
+    );
+    run(&service.db.superuser, "rollback").await;
+    for _ in 0..4 {
+        assert_eq!(service.send("PUT", "/listings/1", JSON, LOFT).status, 200);
+    }
+}
+
+#[tokio::test]
+async fn no_connection_within_the_limit_gets_503() {
+    let settings = [
+        ("POOL_SIZE", "1"),
+        ("POOL_WAIT_MS", "200"),
+        ("WORKERS", "1"),
+    ];
+    let service = Service::start_with(Database::migrated().await, &settings).await;
+    service.post(LOFT);
+    run(&service.db.superuser, "begin; update listing set price = 1").await;
+    let mut waiting = service.connect();
+    let head =
+        format!("PATCH /listings/1 HTTP/1.1\r\nhost: x\r\n{JSON}content-length: 2\r\n\r\n{{}}");
+    waiting.write(head.as_bytes());
+    thread::sleep(Duration::from_millis(200));
+    let response = service.send("PATCH", "/listings/1", JSON, "{}");
+    assert_eq!(response.status, 503);
+    assert_eq!(service.get("/listings/1").status, 200);
+    run(&service.db.superuser, "rollback").await;
+    assert_eq!(waiting.receive("PATCH", "/listings/1").status, 200);
+}
