@@ -2,6 +2,7 @@
 
 REFINERY := .tools/refinery-0.10.0/bin/refinery
 SQUAWK := .tools/squawk-2.70.0/bin/squawk
+SCHEMATHESIS := .tools/schemathesis-4.32.5/bin/schemathesis
 DENY := .tools/cargo-deny-0.20.2/bin/cargo-deny
 
 .PHONY: help
@@ -20,6 +21,15 @@ migrate: $(REFINERY) ## Bring the database to the newest schema, all of it or no
 psql: ## Open a shell on the database
 	@url=$$(tests/db.sh up) && tests/db.sh run psql "$$url"
 
+.PHONY: run
+run: $(REFINERY) ## Serve on port 8080: database, migrations, build, and all
+	@$(MAKE) --no-print-directory migrate
+	@cargo build --release --locked
+	@url=$$(tests/db.sh login) && echo && \
+		echo 'API   http://127.0.0.1:8080, try: curl http://127.0.0.1:8080/listings' && \
+		echo 'Docs  http://127.0.0.1:8080/docs' && echo 'Stop  Ctrl-C' && echo && \
+		DATABASE_URL=$$url LISTEN_ADDR=127.0.0.1:8080 exec target/release/listing-api
+
 .PHONY: test
 test: $(REFINERY) ## Run every test, each on a database of its own
 	@url=$$(tests/db.sh up) && DATABASE_URL=$$url REFINERY="$(CURDIR)/$(REFINERY)" cargo test --locked
@@ -27,6 +37,12 @@ test: $(REFINERY) ## Run every test, each on a database of its own
 .PHONY: bench
 bench: $(REFINERY) ## Measure what the price history costs
 	@url=$$(tests/db.sh up) && DATABASE_URL=$$url REFINERY="$(CURDIR)/$(REFINERY)" benches/trigger_cost.sh
+
+.PHONY: fuzz
+fuzz: $(REFINERY) $(SCHEMATHESIS) ## Send the service what its own OpenAPI document suggests, and worse
+	@cargo build --locked
+	@url=$$(tests/db.sh up) && DATABASE_URL=$$url REFINERY="$(CURDIR)/$(REFINERY)" SCHEMATHESIS="$(CURDIR)/$(SCHEMATHESIS)" \
+		tests/fuzz.sh
 
 .PHONY: check
 check: ## Look for what tests do not show: formatting, lints, lock hazards, licences
@@ -60,6 +76,10 @@ $(REFINERY):
 $(DENY):
 	@echo 'Building cargo-deny in .tools. This takes some minutes, once.'
 	@cargo install cargo-deny --version 0.20.2 --locked --quiet --root .tools/cargo-deny-0.20.2
+
+$(SCHEMATHESIS):
+	@echo 'Installing schemathesis in .tools.'
+	@python3 -m pip install --quiet --root-user-action ignore --target .tools/schemathesis-4.32.5 schemathesis==4.32.5
 
 $(SQUAWK):
 	@echo 'Installing squawk in .tools.'

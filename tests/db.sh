@@ -2,6 +2,7 @@
 # The PostgreSQL of this checkout: a private cluster in .postgres/, on loopback, on a port of its own that it remembers.
 #
 #   tests/db.sh up               start it where it does not run yet, and print its DATABASE_URL
+#   tests/db.sh login            make its role listing_service, a member of listing_api and nothing else, and print its URL
 #   tests/db.sh run PROGRAM ...  run one of its programs: psql, pg_dump, pgbench
 #   tests/db.sh down             stop and remove it
 #
@@ -48,8 +49,12 @@ else
 fi
 
 compose() {
-    DB_PORT=$(cat "$home/port") POSTGRES_PASSWORD=$(cat "$home/password") docker compose \
+    DB_PORT=$(cat "$home/port") POSTGRES_PASSWORD=$(cat "$home/password") SERVICE_PASSWORD=unused docker compose \
         --file "$checkout/compose.yaml" --project-name "listing-api-$(printf %s "$home" | cksum | cut -d' ' -f1)" "$@"
+}
+
+random_password() {
+    od -An -N16 -tx1 /dev/urandom | tr -d ' \n'
 }
 
 # Below the range from which systems take the ports of outgoing connections.
@@ -62,7 +67,7 @@ create() {
     rm -rf "$home"
     mkdir -m 700 "$home"
     choose_port
-    od -An -N16 -tx1 /dev/urandom | tr -d ' \n' > "$home/password"
+    random_password > "$home/password"
     if [ "$server" != docker ]; then
         if [ "$(id -u)" = 0 ]; then
             id postgres >/dev/null 2>&1 || fail "PostgreSQL does not run as root and there is no user postgres to run it" \
@@ -133,6 +138,16 @@ up() {
     echo "postgres://postgres:$(cat "$home/password")@127.0.0.1:$(cat "$home/port")/listing"
 }
 
+login() {
+    url=$(up)
+    password=$(random_password)
+    (run psql --no-psqlrc --quiet --set=ON_ERROR_STOP=1 "$url") <<-END
+		select 'create role listing_service in role listing_api' where to_regrole('listing_service') is null \gexec
+		alter role listing_service login password '$password';
+	END
+    echo "$url" | sed "s|//\([^@/]*@\)\{0,1\}|//listing_service:$password@|"
+}
+
 run() {
     server=${PG_BIN:-$(cat "$home/server" 2>/dev/null || true)}
     if [ "$server" = docker ] && [ -z "${DATABASE_URL:-}" ]; then
@@ -161,6 +176,7 @@ down() {
 
 case ${1:-} in
     up) up ;;
+    login) login ;;
     run) shift; run "$@" ;;
     down) down ;;
     *) sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;

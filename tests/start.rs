@@ -4,6 +4,8 @@ use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+
 use crate::harness::{Cluster, Database, in_checkout, printed, refinery, run};
 use crate::service::{Connection, JSON, LOFT, Service, command, service_url};
 
@@ -424,4 +426,92 @@ async fn no_connection_within_the_limit_gets_503() {
     assert_eq!(service.get("/listings/1").status, 200);
     run(&service.db.superuser, "rollback").await;
     assert_eq!(waiting.receive("PATCH", "/listings/1").status, 200);
+}
+
+#[tokio::test]
+async fn a_database_with_tls_is_trusted_by_its_chain_and_its_name() {
+    let cluster = Cluster::start();
+    let output = refinery(&cluster.url, &in_checkout("sql"));
+    assert!(output.status.success(), "{}", printed(&output));
+    let ca_key = KeyPair::generate().expect("a key");
+    let mut authority = CertificateParams::new([]).expect("parameters");
+    authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let ca = authority.self_signed(&ca_key).expect("an authority");
+    let issuer = Issuer::new(authority, ca_key);
+    let server_key = KeyPair::generate().expect("a key");
+    let server = CertificateParams::new(["localhost".to_owned()]).expect("parameters");
+    let server = server
+        .signed_by(&server_key, &issuer)
+        .expect("a certificate");
+    let another = KeyPair::generate().expect("a key");
+    let another = CertificateParams::new([])
+        .expect("parameters")
+        .self_signed(&another)
+        .expect("a certificate");
+    let folder = tempfile::tempdir().expect("a folder");
+    let (ours, theirs) = (
+        folder.path().join("ca.pem"),
+        folder.path().join("another.pem"),
+    );
+    std::fs::write(&ours, ca.pem()).expect("a file");
+    std::fs::write(&theirs, another.pem()).expect("a file");
+
+    // Written by the server itself, to whom its key has to belong.
+    let superuser = cluster.superuser().await;
+    for (file, pem) in [
+        ("server.crt", server.pem()),
+        ("server.key", server_key.serialize_pem()),
+    ] {
+        let lines = pem.trim_end().replace('\n', "'), ('");
+        let write = format!("copy (values ('{lines}')) to program 'umask 077; cat > {file}'");
+        run(&superuser, &write).await;
+    }
+    run(&superuser, "alter system set ssl = on").await;
+    run(&superuser, "select pg_reload_conf()").await;
+
+    let by_name = format!(
+        "{}?sslmode=require",
+        cluster.url.replace("127.0.0.1", "localhost")
+    );
+    let by_address = format!("{}?sslmode=require", cluster.url);
+    let begun = Instant::now();
+    // The server takes a moment to read its new settings.
+    let trusted = loop {
+        let output = command(&by_name)
+            .arg("--check")
+            .env("DATABASE_CA_FILE", &ours)
+            .output()
+            .expect("the program");
+        if output.status.success() || begun.elapsed() > Duration::from_secs(10) {
+            break printed(&output);
+        }
+    };
+    assert_eq!(
+        trusted,
+        "settings, database and schema are as they should be\n"
+    );
+    for (url, ca_file, reason) in [
+        (&by_name, &theirs, "invalid peer certificate"),
+        (
+            &by_address,
+            &ours,
+            "certificate not valid for name \"127.0.0.1\"",
+        ),
+    ] {
+        let output = command(url)
+            .arg("--check")
+            .env("DATABASE_CA_FILE", ca_file)
+            .output()
+            .expect("the program");
+        let refused = printed(&output);
+        assert!(!output.status.success());
+        assert!(
+            refused.starts_with("listing-api: cannot connect to the database: "),
+            "{refused}"
+        );
+        assert!(
+            refused.contains(reason) && refused.lines().count() == 1,
+            "{refused}"
+        );
+    }
 }

@@ -1,0 +1,37 @@
+#!/bin/sh
+# Lets schemathesis make requests of the served OpenAPI document, good and bad ones, and hold the answers against it. On a
+# database of its own. Run it by `make fuzz`, which sets the variables.
+set -eu
+
+server_url=$(echo "$DATABASE_URL" | sed 's|/[^/?]*\([?].*\)\{0,1\}$|/postgres\1|')
+fuzz_url=$(echo "$server_url" | sed 's|/postgres\([?].*\)\{0,1\}$|/listing_fuzz\1|')
+sql() { tests/db.sh run psql --no-psqlrc --quiet --set=ON_ERROR_STOP=1 "$@"; }
+drop() { sql "$server_url" -c 'set client_min_messages = error' -c 'drop database if exists listing_fuzz with (force)'; }
+log=$(mktemp)
+service=
+end() {
+    [ -z "$service" ] || kill "$service"
+    drop
+    rm -f "$log"
+}
+trap end EXIT
+trap 'exit 130' INT TERM
+
+drop
+sql "$server_url" -c 'create database listing_fuzz'
+DATABASE_URL=$fuzz_url "$REFINERY" migrate -e DATABASE_URL -p sql -g -d -m >/dev/null
+service_url=$(DATABASE_URL=$fuzz_url tests/db.sh login)
+DATABASE_URL=$service_url LISTEN_ADDR=127.0.0.1:0 ADMIN_ADDR=127.0.0.1:0 target/debug/listing-api 2> "$log" &
+service=$!
+for _ in $(seq 100); do
+    address=$(sed -n 's/.*serving on \(http:[^,]*\),.*/\1/p' "$log")
+    [ -z "$address" ] || break
+    sleep 0.1
+done
+
+PYTHONPATH=$(dirname "$(dirname "$SCHEMATHESIS")") python3 "$SCHEMATHESIS" --config-file tests/schemathesis.toml run "$address/openapi.yaml" \
+    --checks all --seed 20261120 --max-examples 400 --generation-database none --no-color
+if grep ' 500 \| ERROR ' "$log"; then
+    echo 'The lines above are from the log of the service.' >&2
+    exit 1
+fi
