@@ -11,10 +11,13 @@ COPY sql sql
 # The stand-ins above may be newer than the files in their places.
 RUN touch build.rs src/main.rs src/lib.rs && cargo build --release --locked
 
+# The CLI speaks TLS by OpenSSL, the service by rustls.
 FROM rust:1.95-slim-bookworm AS refinery
+RUN apt-get update && apt-get install -y --no-install-recommends libssl-dev pkg-config && rm -rf /var/lib/apt/lists/*
 RUN cargo install refinery_cli --version 0.10.0 --no-default-features --features postgresql --locked --root /refinery
 
 FROM debian:bookworm-slim AS migrate
+RUN apt-get update && apt-get install -y --no-install-recommends ca-certificates libssl3 && rm -rf /var/lib/apt/lists/*
 COPY --from=refinery /refinery/bin/refinery /usr/local/bin/
 COPY sql /sql
 USER nobody

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 
-use crate::harness::{Cluster, Database, in_checkout, printed, refinery, run};
+use crate::harness::{Cluster, Database, in_checkout, printed, refinery, run, value};
 use crate::service::{Connection, JSON, LOFT, Service, command, service_url};
 
 /// Asserts that the program ends within 10 s with exit code 1 and exactly this sentence.
@@ -403,6 +403,48 @@ async fn a_statement_that_takes_too_long_gets_504_and_leaves_nothing_behind() {
     run(&service.db.superuser, "rollback").await;
     for _ in 0..4 {
         assert_eq!(service.send("PUT", "/listings/1", JSON, LOFT).status, 200);
+    }
+}
+
+#[tokio::test]
+async fn a_client_that_hangs_up_leaves_nothing_behind() {
+    let settings = [
+        ("POOL_SIZE", "1"),
+        ("WORKERS", "1"),
+        ("STATEMENT_TIMEOUT_MS", "60000"),
+    ];
+    let service = Service::start_with(Database::migrated().await, &settings).await;
+    service.post(LOFT);
+    service.post(LOFT);
+    run(
+        &service.db.superuser,
+        "begin; update listing set price = 1 where id = 1",
+    )
+    .await;
+    let mut gone = service.connect();
+    let head =
+        format!("PATCH /listings/1 HTTP/1.1\r\nhost: x\r\n{JSON}content-length: 2\r\n\r\n{{}}");
+    gone.write(head.as_bytes());
+    let waiting = "select count(*) from pg_stat_activity where wait_event_type = 'Lock' and datname = current_database()";
+    wait_for(&service, waiting, "1").await;
+    drop(gone);
+    wait_for(&service, waiting, "0").await;
+    // The one connection of the pool serves the next, although the lock is still held.
+    assert_eq!(service.send("PATCH", "/listings/2", JSON, "{}").status, 200);
+    run(&service.db.superuser, "rollback").await;
+    let written = "select count(*) from listing where updated_date <> created_date and id = 1";
+    assert_eq!(value(&service.db.superuser, written).await, "0");
+}
+
+async fn wait_for(service: &Service, sql: &str, expected: &str) {
+    let begun = Instant::now();
+    let client = service.db.connect().await;
+    while value(&client, sql).await != expected {
+        assert!(
+            begun.elapsed() < Duration::from_secs(10),
+            "{sql} does not become {expected}"
+        );
+        thread::sleep(Duration::from_millis(10));
     }
 }
 
