@@ -76,8 +76,6 @@ pub async fn run(check_only: bool) -> Result<(), String> {
                     let signal = stop_signal.clone();
                     async move { signal.notified().await }
                 })
-                // A client that has gone is not worked for: its request is dropped, and its statement cancelled.
-                .h1_allow_half_closed(false)
                 .client_request_timeout(TRICKLE_LIMIT)
                 .client_disconnect_timeout(Duration::from_secs(1))
                 .keep_alive(KeepAlive::Timeout(Duration::from_secs(75)))

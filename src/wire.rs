@@ -1,7 +1,11 @@
-//! The few errors that the HTTP parser answers by itself, before there is a request, in the form of the contract.
+//! The stream between the HTTP parser and the socket, for two things that the parser does not do.
 //!
-//! For a head that is malformed, too long or too slow it writes a bare status and ends the connection. This stream, between
-//! the parser and the socket, puts the error body in its place. The parser's own responses are the only ones of 400 or above
+//! A client that has gone is not worked for: the end of what it sends is an error here, which drops its request, and with that
+//! cancels the statement.
+//!
+//! The few errors that the parser answers by itself, before there is a request, get the form of the contract.
+//! For a head that is malformed, too long or too slow it writes a bare status and ends the connection. The error body
+//! takes its place here. The parser's own responses are the only ones of 400 or above
 //! without a body, and always the last of their connection.
 
 use std::io;
@@ -36,7 +40,12 @@ impl AsyncRead for Wire {
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.socket).poll_read(cx, buffer)
+        let filled = buffer.filled().len();
+        ready!(Pin::new(&mut self.socket).poll_read(cx, buffer))?;
+        if buffer.filled().len() == filled && buffer.remaining() > 0 {
+            return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
+        }
+        Poll::Ready(Ok(()))
     }
 }
 

@@ -246,7 +246,7 @@ async fn a_taken_address_is_named() {
 async fn a_stop_lets_the_requests_under_way_finish() {
     for signal in ["-TERM", "-INT"] {
         let mut service =
-            Service::start_with(Database::migrated().await, &[("SHUTDOWN_DELAY_MS", "300")]).await;
+            Service::start_with(Database::migrated().await, &[("SHUTDOWN_DELAY_MS", "1000")]).await;
         service.post(LOFT);
         run(&service.db.superuser, "begin; update listing set price = 1").await;
         let mut waiting = service.connect();
@@ -258,18 +258,24 @@ async fn a_stop_lets_the_requests_under_way_finish() {
         thread::sleep(Duration::from_millis(200));
         service.signal(signal);
         // Told apart from a crash by whoever asks, while requests are still served.
-        let mut admin = Connection::to(&service.admin_address);
-        admin.write(b"GET /health/ready HTTP/1.1\r\nhost: x\r\n\r\n");
-        assert_eq!(
-            admin.receive_unchecked("GET").error(),
-            (503, "stopping".to_owned())
-        );
+        let told = Instant::now();
+        let not_ready = loop {
+            let mut admin = Connection::to(&service.admin_address);
+            admin.write(b"GET /health/ready HTTP/1.1\r\nhost: x\r\n\r\n");
+            let response = admin.receive_unchecked("GET");
+            if response.status != 200 || told.elapsed() > Duration::from_secs(10) {
+                break response;
+            }
+        };
+        assert_eq!(not_ready.error(), (503, "stopping".to_owned()));
         assert_eq!(service.get("/listings/1").status, 200);
-        thread::sleep(Duration::from_millis(600));
-        assert!(
-            std::net::TcpStream::connect(&service.address).is_err(),
-            "new connections are still taken"
-        );
+        while std::net::TcpStream::connect(&service.address).is_ok() {
+            assert!(
+                told.elapsed() < Duration::from_secs(10),
+                "new connections are still taken"
+            );
+            thread::sleep(Duration::from_millis(20));
+        }
         run(&service.db.superuser, "commit").await;
         assert_eq!(waiting.receive("PUT", "/listings/1").status, 200);
         // Idle connections, which this one is now, do not hold up the end.
