@@ -27,6 +27,11 @@ alter table public.listing
     add constraint listing_surface_area_is_finite check (surface_area_m2 < 'infinity'),
     add constraint listing_rooms_count_is_not_negative check (rooms_count >= 0),
     add constraint listing_bedrooms_count_is_not_negative check (bedrooms_count >= 0),
+    -- Infinity, which a timestamp can be as well, is no date that a client could read.
+    add constraint listing_created_date_has_a_year_of_four_digits
+        check (created_date >= '0001-01-01 00:00Z' and created_date < '10000-01-01 00:00Z'),
+    add constraint listing_updated_date_has_a_year_of_four_digits
+        check (updated_date >= '0001-01-01 00:00Z' and updated_date < '10000-01-01 00:00Z'),
     add constraint listing_building_type_is_known check (building_type in ('STUDIO', 'APARTMENT', 'HOUSE'));
 
 -- Older services go on writing timestamps without a zone and mean UTC. PostgreSQL reads those in the zone of the session.

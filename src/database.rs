@@ -88,6 +88,17 @@ impl Database {
         Ok(client)
     }
 
+    /// Waits for a connection no longer than making one may take, also where another request is making it.
+    pub async fn connected_within_limit<T>(
+        &self,
+        connecting: impl Future<Output = Result<T, ApiError>>,
+    ) -> Result<T, ApiError> {
+        let late = |_| ApiError::unavailable("no connection to the database within the limit");
+        timeout(self.connect_timeout, connecting)
+            .await
+            .map_err(late)?
+    }
+
     /// Waits for an answer no longer than any statement may take.
     pub async fn within_limit<T>(
         &self,
@@ -137,7 +148,11 @@ impl Database {
         let client = self
             .connect()
             .await
-            .map_err(|error| format!("cannot connect to the database: {error}"))?;
+            .map_err(|error| {
+            format!(
+                "cannot connect to the database: {error}: check that it runs, and host, port, user and password in DATABASE_URL"
+            )
+        })?;
         let sql = "select version, name, checksum from refinery_schema_history order by version";
         let rows = self
             .within_limit(client.query(sql, &[]))
@@ -212,7 +227,11 @@ impl Drop for Busy<'_> {
             let client = Object::take(client);
             let (cancel, tls) = (client.cancel_token(), self.tls.clone());
             drop(client);
-            tokio::spawn(async move {
+            // At the very end of a stop there is nothing left that could send the cancellation.
+            let Ok(runtime) = tokio::runtime::Handle::try_current() else {
+                return;
+            };
+            runtime.spawn(async move {
                 if let Ok(Err(error)) =
                     timeout(Duration::from_secs(5), cancel.cancel_query(tls)).await
                 {

@@ -21,6 +21,7 @@ pub async fn edge(
     let begun = Instant::now();
     let id = request_id(request.headers());
     request.headers_mut().insert(REQUEST_ID, id.clone());
+    offer_gzip_or_nothing(request.headers_mut());
     let origin = request.headers().get(header::ORIGIN).cloned();
     let settings = request.app_data::<web::Data<Settings>>().cloned();
     let metrics = request.app_data::<web::Data<Metrics>>().cloned();
@@ -42,6 +43,9 @@ pub async fn edge(
     }
     let headers = response.headers_mut();
     headers.insert(REQUEST_ID, id);
+    if !headers.contains_key(header::VARY) {
+        headers.insert(header::VARY, HeaderValue::from_static("Accept-Encoding"));
+    }
     if let Some(settings) = settings {
         allow_origin(headers, &settings.cors_origins, origin);
     }
@@ -49,7 +53,7 @@ pub async fn edge(
 }
 
 /// The client's request id where it has one that can stand in a log, else a new one.
-fn request_id(headers: &HeaderMap) -> HeaderValue {
+pub fn request_id(headers: &HeaderMap) -> HeaderValue {
     let usable = |id: &&HeaderValue| {
         let id = id.as_bytes();
         (1..=64).contains(&id.len()) && id.iter().all(|c| c.is_ascii_alphanumeric() || *c == b'-')
@@ -62,6 +66,28 @@ fn request_id(headers: &HeaderMap) -> HeaderValue {
 
 pub fn new_request_id() -> String {
     format!("{:016x}", fastrand::u64(..))
+}
+
+/// Leaves of what the client accepts the one encoding that is served. A client that refuses even the plain form gets it.
+fn offer_gzip_or_nothing(headers: &mut HeaderMap) {
+    let gzip = headers
+        .get_all(header::ACCEPT_ENCODING)
+        .filter_map(|line| line.to_str().ok())
+        .any(|line| {
+            line.split(',').any(|entry| {
+                let (coding, quality) = entry.split_once(';').unwrap_or((entry, "q=1"));
+                let refused = quality
+                    .trim()
+                    .trim_start_matches("q=")
+                    .parse()
+                    .is_ok_and(|quality: f32| quality <= 0.0);
+                coding.trim().eq_ignore_ascii_case("gzip") && !refused
+            })
+        });
+    headers.remove(header::ACCEPT_ENCODING);
+    if gzip {
+        headers.insert(header::ACCEPT_ENCODING, HeaderValue::from_static("gzip"));
+    }
 }
 
 fn allow_origin(headers: &mut HeaderMap, allowed: &[String], origin: Option<HeaderValue>) {

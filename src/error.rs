@@ -1,6 +1,8 @@
 //! The one error of the service: what the client is told, and what the log is told.
 
+use std::error::Error as _;
 use std::fmt::{self, Display};
+use std::io;
 
 use actix_web::http::{StatusCode, header};
 use actix_web::{HttpResponse, ResponseError};
@@ -114,7 +116,12 @@ pub fn connection_is_lost(error: &tokio_postgres::Error) -> bool {
     ];
     match error.code() {
         Some(code) => lost_codes.contains(code) || code.code().starts_with("08"),
-        None => true,
+        None => {
+            error.is_closed()
+                || error
+                    .source()
+                    .is_some_and(<dyn std::error::Error>::is::<io::Error>)
+        }
     }
 }
 
@@ -128,13 +135,23 @@ pub fn statement_is_stale(error: &tokio_postgres::Error) -> bool {
 
 impl From<tokio_postgres::Error> for ApiError {
     fn from(error: tokio_postgres::Error) -> Self {
-        let cause = error
-            .as_db_error()
-            .map_or_else(|| describe(&error), ToString::to_string);
+        // Without the detail, which quotes rows, and in one line.
+        let cause = error.as_db_error().map_or_else(
+            || describe(&error),
+            |refusal| {
+                format!(
+                    "{} {}: {}",
+                    refusal.severity(),
+                    refusal.code().code(),
+                    refusal.message()
+                )
+            },
+        );
         match error.code() {
             Some(&SqlState::QUERY_CANCELED) => Self::timed_out(cause),
             Some(&(SqlState::T_R_SERIALIZATION_FAILURE | SqlState::T_R_DEADLOCK_DETECTED)) => {
-                Self::unavailable(cause)
+                let message = "somebody else was writing the same, try again";
+                Self::new(StatusCode::SERVICE_UNAVAILABLE, message).because(cause)
             }
             _ if connection_is_lost(&error) => Self::unavailable(cause),
             _ => Self::internal(cause),

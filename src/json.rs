@@ -1,5 +1,6 @@
 //! JSON bodies: read field by field, so that the answer names each field that is wrong, and written.
 
+use std::collections::HashSet;
 use std::fmt;
 use std::time::Duration;
 
@@ -46,7 +47,9 @@ pub async fn read(mut payload: web::Payload) -> Result<Bytes, ApiError> {
         while let Some(chunk) = payload.next().await {
             let chunk = chunk.map_err(|error| match error {
                 PayloadError::Overflow => too_large(),
-                error => ApiError::malformed(format!("the body broke off: {error}")),
+                _ => ApiError::malformed(
+                    "the body broke off, or is not in the form that its head says",
+                ),
             })?;
             if body.len() + chunk.len() > MAX_BODY_BYTES {
                 return Err(too_large());
@@ -78,7 +81,10 @@ pub struct Problems(Vec<String>);
 
 impl Problems {
     fn add(&mut self, path: &str, name: &str, problem: &str) {
-        self.0.push(format!("{path}{name}: {problem}"));
+        // Nobody mends more at once.
+        if self.0.len() < 20 {
+            self.0.push(format!("{path}{name}: {problem}"));
+        }
     }
 
     pub fn into_result(self) -> Result<(), ApiError> {
@@ -124,12 +130,13 @@ impl<'a> Object<'a> {
             return Ok(None);
         }
         let Fields(all) = serde_json::from_str(value.get()).map_err(ApiError::internal)?;
+        let mut seen = HashSet::new();
         let mut fields: Vec<(String, &RawValue)> = Vec::with_capacity(all.len());
         for (name, value) in all {
-            if fields.iter().any(|(seen, _)| *seen == name) {
-                problems.add(path, &name, "must be given once");
-            } else {
+            if seen.insert(name.clone()) {
                 fields.push((name, value));
+            } else {
+                problems.add(path, &name, "must be given once");
             }
         }
         Ok(Some(Self {

@@ -1,16 +1,17 @@
 //! A listing's whole life: what it looks like, how it is checked, and the statements behind each method.
 
-use actix_web::http::{StatusCode, header};
+use actix_web::http::{Method, StatusCode, header};
 use actix_web::{HttpRequest, HttpResponse, web};
 use bytes::Bytes;
 use chrono::{DateTime, Utc};
-use futures_util::stream::{self, Stream};
+use futures_util::stream::{self, Stream, TryStreamExt};
 use serde::Serialize;
 use tokio_postgres::Row;
 use tokio_postgres::types::ToSql;
 
 use crate::conditions::{self, IfMatch};
 use crate::database::Database;
+use crate::edge::request_id;
 use crate::error::ApiError;
 use crate::euros::Euros;
 use crate::json::{self, Moment, Object, Problems};
@@ -159,7 +160,7 @@ fn e164(value: &str) -> Result<(), &'static str> {
     let digits = value.strip_prefix('+').unwrap_or_default().as_bytes();
     let right = (2..=15).contains(&digits.len())
         && digits.iter().all(u8::is_ascii_digit)
-        && digits[0] != b'0';
+        && digits.first() != Some(&b'0');
     if right {
         Ok(())
     } else {
@@ -169,10 +170,11 @@ fn e164(value: &str) -> Result<(), &'static str> {
 
 /// The id in a path. What is no positive integer of 32 bits is the id of no listing.
 pub fn id(text: &str) -> Result<i32, ApiError> {
+    // Written as the service writes it: neither +7 nor 07 is listing 7.
     let id = text
-        .parse()
+        .parse::<i32>()
         .ok()
-        .filter(|id| *id > 0 && text.bytes().all(|digit| digit.is_ascii_digit()));
+        .filter(|id| *id > 0 && id.to_string() == text);
     id.ok_or_else(|| ApiError::no_listing(text))
 }
 
@@ -439,9 +441,15 @@ pub async fn list(
     response.insert_header((header::CACHE_CONTROL, "no-cache"));
     let Some(limit) = limit else {
         let first = filter.page(&database, after, PAGE).await?;
-        return Ok(response
-            .content_type("application/json")
-            .streaming(every_row(database, filter, first)));
+        response.content_type("application/json");
+        if *request.method() == Method::HEAD {
+            return Ok(response.streaming(stream::empty::<Result<Bytes, ApiError>>()));
+        }
+        let id = request_id(request.headers());
+        let rows = every_row(database, filter, first);
+        // The response is under way, so this is the one place that can still tell of a failure.
+        let rows = rows.inspect_err(move |error| log::error!("{id:?} broken off: {error}"));
+        return Ok(response.streaming(rows));
     };
     // One more than asked for tells whether there is a further page.
     let mut rows = filter.page(&database, after, limit + 1).await?;

@@ -17,7 +17,10 @@ Settings come from the environment:
 ";
 
 fn main() -> ExitCode {
-    let arguments: Vec<_> = std::env::args().skip(1).collect();
+    let arguments: Vec<_> = std::env::args_os()
+        .skip(1)
+        .map(|argument| argument.to_string_lossy().into_owned())
+        .collect();
     let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
     let check_only = match arguments[..] {
         [] => false,

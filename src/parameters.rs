@@ -3,6 +3,7 @@
 use actix_web::HttpRequest;
 use actix_web::web::Query;
 use chrono::{DateTime, Utc};
+use percent_encoding::percent_decode_str;
 
 use crate::error::ApiError;
 use crate::euros::{Euros, whole};
@@ -15,6 +16,12 @@ pub struct Parameters {
 
 impl Parameters {
     pub fn of(request: &HttpRequest) -> Result<Self, ApiError> {
+        for pair in request.query_string().split('&') {
+            if percent_decode_str(pair).decode_utf8().is_err() {
+                let name = pair.split('=').next().unwrap_or_default();
+                return Err(ApiError::malformed(format!("{name}: must be UTF-8")));
+            }
+        }
         let query = Query::<Vec<(String, String)>>::from_query(request.query_string());
         let given = query
             .map_err(|_| ApiError::malformed("the query cannot be read"))?

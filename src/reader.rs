@@ -47,7 +47,7 @@ impl Reader {
     ) -> Result<Vec<Row>, ApiError> {
         let mut retried = false;
         loop {
-            let session = self.session().await?;
+            let session = self.database.connected_within_limit(self.session()).await?;
             let answer = session.client.query(statement(&session), parameters);
             match self.database.within_limit(answer).await {
                 Some(Ok(rows)) => return Ok(rows),

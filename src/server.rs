@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use actix_http::{HttpService, KeepAlive, Protocol};
-use actix_server::Server;
+use actix_server::{Server, ServerBuilder};
 use actix_service::{ServiceFactoryExt, fn_service, map_config};
 use actix_web::dev::AppConfig;
 use actix_web::middleware::{Compress, Logger, from_fn};
@@ -36,66 +36,18 @@ pub async fn run(check_only: bool) -> Result<(), String> {
         println!("settings, database and schema are as they should be");
         return Ok(());
     }
-    let workers = settings.workers;
+    let stop = stop_signal()?;
     let (api_listener, listen) = bind("LISTEN_ADDR", settings.listen)?;
     let (admin_listener, admin_listen) = bind("ADMIN_ADDR", settings.admin)?;
-    let (shutdown_delay, shutdown_timeout) =
-        (settings.shutdown_delay, settings.shutdown_timeout.as_secs());
-    let pool_size = settings.pool_size.div_ceil(workers);
-    let databases = (0..workers).map(|_| Database::new(&settings, pool_size));
+    let shutdown_delay = settings.shutdown_delay;
+    let pool_size = settings.pool_size.div_ceil(settings.workers);
+    let databases = (0..settings.workers).map(|_| Database::new(&settings, pool_size));
     let databases = databases.collect::<Result<Vec<_>, _>>()?;
     let metrics = Metrics::new(databases.clone()).map_err(|error| describe(&error))?;
     let metrics = Data::new(metrics);
     let stopping = Data::new(Stopping::default());
 
-    let api = {
-        let (settings, metrics, next) = (
-            settings.clone(),
-            metrics.clone(),
-            Arc::new(AtomicUsize::new(0)),
-        );
-        let builder = Server::build();
-        let stop_signal = builder.graceful_shutdown_signal();
-        // Called once for each worker, on its thread.
-        let service = move || {
-            let worker = next.fetch_add(1, Ordering::Relaxed) % databases.len();
-            let database = databases[worker].clone();
-            let app = App::new()
-                .app_data(settings.clone())
-                .app_data(metrics.clone())
-                .app_data(Data::new(Reader::new(database.clone())))
-                .app_data(Data::new(database))
-                .wrap(Compress::default())
-                .wrap(from_fn(edge))
-                .wrap(Logger::new("%r %s %b %Dms %{x-request-id}o"))
-                .configure(routes);
-            let stop_signal = stop_signal.clone();
-            let http = HttpService::build()
-                // At a stop, connections without a request under way end at once.
-                .graceful_shutdown_signal(move || {
-                    let signal = stop_signal.clone();
-                    async move { signal.notified().await }
-                })
-                .client_request_timeout(TRICKLE_LIMIT)
-                .client_disconnect_timeout(Duration::from_secs(1))
-                .keep_alive(KeepAlive::Timeout(Duration::from_secs(75)))
-                .finish(map_config(app, |()| AppConfig::default()));
-            let accept = |socket: TcpStream| async move {
-                // A socket that refuses has gone already, which the first read will show.
-                let _ = socket.set_nodelay(true);
-                let peer = socket.peer_addr().ok();
-                Ok((Wire::new(socket), Protocol::Http1, peer))
-            };
-            fn_service(accept).and_then(http)
-        };
-        builder
-            .workers(workers)
-            .shutdown_timeout(shutdown_timeout)
-            .disable_signals()
-            .listen("api", api_listener, service)
-            .map_err(|error| describe(&error))?
-            .run()
-    };
+    let api = serve(api_listener, settings.clone(), databases, metrics.clone())?;
     let admin = {
         let (database, stopping) = (database.clone(), stopping.clone());
         HttpServer::new(move || {
@@ -116,7 +68,6 @@ pub async fn run(check_only: bool) -> Result<(), String> {
     );
 
     let (api_handle, admin_handle) = (api.handle(), admin.handle());
-    let stop = stop_signal()?;
     rt::spawn(async move {
         stop.await;
         log::info!(
@@ -131,6 +82,60 @@ pub async fn run(check_only: bool) -> Result<(), String> {
     api.and(admin).map_err(|error| describe(&error))?;
     log::info!("stopped");
     Ok(())
+}
+
+/// The API: on each worker the routes, with what they share and the worker's own way to the database.
+fn serve(
+    listener: TcpListener,
+    settings: Data<Settings>,
+    databases: Vec<Database>,
+    metrics: Data<Metrics>,
+) -> Result<Server, String> {
+    let workers = settings.workers;
+    let shutdown_timeout = settings.shutdown_timeout.as_millis().div_ceil(1000);
+    let next = Arc::new(AtomicUsize::new(0));
+    let builder = Server::build();
+    let stop_signal = builder.graceful_shutdown_signal();
+    // Called once for each worker, on its thread.
+    let service = move || {
+        let worker = next.fetch_add(1, Ordering::Relaxed) % databases.len();
+        let database = databases[worker].clone();
+        let app = App::new()
+            .app_data(settings.clone())
+            .app_data(metrics.clone())
+            .app_data(Data::new(Reader::new(database.clone())))
+            .app_data(Data::new(database))
+            .wrap(Compress::default())
+            .wrap(from_fn(edge))
+            .wrap(Logger::new("%r %s %b %Dms %{x-request-id}o"))
+            .configure(routes);
+        let stop_signal = stop_signal.clone();
+        let http = HttpService::build()
+            // At a stop, connections without a request under way end at once.
+            .graceful_shutdown_signal(move || {
+                let signal = stop_signal.clone();
+                async move { signal.notified().await }
+            })
+            .client_request_timeout(TRICKLE_LIMIT)
+            .client_disconnect_timeout(Duration::from_secs(1))
+            .keep_alive(KeepAlive::Timeout(Duration::from_secs(75)))
+            .finish(map_config(app, |()| AppConfig::default()));
+        let any_origin = settings.cors_origins.is_empty();
+        let accept = move |socket: TcpStream| async move {
+            // A socket that refuses has gone already, which the first read will show.
+            let _ = socket.set_nodelay(true);
+            let peer = socket.peer_addr().ok();
+            Ok((Wire::new(socket, any_origin), Protocol::Http1, peer))
+        };
+        fn_service(accept).and_then(http)
+    };
+    builder
+        .workers(workers)
+        .shutdown_timeout(u64::try_from(shutdown_timeout).unwrap_or(u64::MAX))
+        .disable_signals()
+        .listen("api", listener, service)
+        .map_err(|error| describe(&error))
+        .map(ServerBuilder::run)
 }
 
 /// A listener and its address, which port 0 leaves to the system.

@@ -21,14 +21,17 @@ use crate::edge::new_request_id;
 
 pub struct Wire {
     socket: TcpStream,
+    /// Whether pages of any origin may read what is written here.
+    any_origin: bool,
     /// What is written in place of a bare error, as far as it is not written yet.
     instead: Option<Bytes>,
 }
 
 impl Wire {
-    pub fn new(socket: TcpStream) -> Self {
+    pub fn new(socket: TcpStream, any_origin: bool) -> Self {
         Self {
             socket,
+            any_origin,
             instead: None,
         }
     }
@@ -58,7 +61,7 @@ impl AsyncWrite for Wire {
         let wire = &mut *self;
         if wire.instead.is_none() {
             match bare_error(buffer) {
-                Some((0, status)) => wire.instead = Some(error_response(status)),
+                Some((0, status)) => wire.instead = Some(error_response(status, wire.any_origin)),
                 // The responses before it go first, as they are.
                 Some((start, _)) => {
                     let before = buffer.get(..start).unwrap_or_default();
@@ -106,7 +109,7 @@ fn bare_error(buffer: &[u8]) -> Option<(usize, StatusCode)> {
     bare.then(|| (buffer.len() - 4 - text.len() + start, status))
 }
 
-fn error_response(status: StatusCode) -> Bytes {
+fn error_response(status: StatusCode, any_origin: bool) -> Bytes {
     let message = match status {
         StatusCode::REQUEST_TIMEOUT => "the request took too long to arrive",
         StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE => "the head of the request is too long",
@@ -115,9 +118,14 @@ fn error_response(status: StatusCode) -> Bytes {
     let body = format!("{{\"message\":\"{message}\"}}");
     let id = new_request_id();
     log::info!("- - {} {} - {id}: {message}", status.as_u16(), body.len());
+    let origin = if any_origin {
+        "access-control-allow-origin: *\r\n"
+    } else {
+        ""
+    };
     let head = format!(
         "HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {}\r\ncache-control: no-store\r\n\
-         access-control-allow-origin: *\r\nx-request-id: {id}\r\nconnection: close\r\n\r\n",
+         {origin}x-request-id: {id}\r\nconnection: close\r\n\r\n",
         body.len()
     );
     (head + &body).into()

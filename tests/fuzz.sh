@@ -31,7 +31,7 @@ done
 
 PYTHONPATH=$(dirname "$(dirname "$SCHEMATHESIS")") python3 "$SCHEMATHESIS" --config-file tests/schemathesis.toml run "$address/openapi.yaml" \
     --checks all --seed 20261120 --max-examples 400 --generation-database none --no-color
-if grep ' 500 \| ERROR ' "$log"; then
+if grep 'HTTP/1.1 500 \| ERROR ' "$log"; then
     echo 'The lines above are from the log of the service.' >&2
     exit 1
 fi

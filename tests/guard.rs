@@ -293,6 +293,14 @@ async fn the_table_itself_refuses_what_breaks_a_rule() {
         ),
         ("building_type = 'CASTLE'", "listing_building_type_is_known"),
         (
+            "created_date = 'infinity'",
+            "listing_created_date_has_a_year_of_four_digits",
+        ),
+        (
+            "updated_date = '-infinity'",
+            "listing_updated_date_has_a_year_of_four_digits",
+        ),
+        (
             "created_date = null",
             "null value in column \"created_date\"",
         ),

@@ -379,7 +379,7 @@ async fn what_is_not_there_is_not_found() {
         "0",
         "-1",
         "+1",
-        "01x",
+        "01",
         "1.0",
         "2147483648",
         "99999999999999999999",
@@ -481,6 +481,7 @@ async fn a_parameter_that_breaks_its_rule_is_named() {
             "min_surface: must be a number, 0 or more",
         ),
         ("/listings?page=2", "page: is not a parameter here"),
+        ("/listings?city=%FF", "city: must be UTF-8"),
         (
             "/listings/1/prices?limit=0",
             "limit: must be between 1 and 1000",
@@ -608,5 +609,27 @@ async fn a_slow_reader_of_everything_costs_neither_memory_nor_a_connection() {
         service.resident_kib() < 64 * 1024,
         "{} KiB",
         service.resident_kib()
+    );
+}
+
+#[tokio::test]
+async fn a_list_that_breaks_off_ends_its_connection_and_says_why_in_the_log() {
+    let db = Database::migrated().await;
+    let fill = "insert into listing (name, description, building_type, street_address, postal_code, city, country, \
+        surface_area_m2, rooms_count, bedrooms_count, price) \
+        select 'Loft', repeat('x', 500), 'HOUSE', 'x', 'x', 'x', 'FR', 1, 1, 1, n from generate_series(1, 60000) as n";
+    run(&db.superuser, fill).await;
+    let service = Service::start_with(db, &[]).await;
+    let mut slow = service.connect();
+    slow.write(b"GET /listings HTTP/1.1\r\nhost: x\r\nx-request-id: slow\r\n\r\n");
+    thread::sleep(Duration::from_millis(500));
+    run(&service.db.superuser, "alter table listing rename to moved").await;
+    // No last chunk: the client can tell that this is not all.
+    assert!(!slow.rest().ends_with(b"0\r\n\r\n"));
+    let causes = service.logged("broken off");
+    assert_eq!(causes.len(), 1, "{causes:?}");
+    assert!(
+        causes[0].contains("slow") && causes[0].contains("listing"),
+        "{causes:?}"
     );
 }

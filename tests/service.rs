@@ -289,6 +289,16 @@ impl Connection {
         response
     }
 
+    /// All that comes until the other side ends the connection, in whatever way.
+    pub fn rest(&mut self) -> Vec<u8> {
+        let mut rest = Vec::new();
+        let mut piece = [0; 8192];
+        while let Ok(length @ 1..) = self.stream.read(&mut piece) {
+            rest.extend(piece.iter().take(length));
+        }
+        rest
+    }
+
     /// Asserts that the other side ends the connection and sends nothing more.
     pub fn assert_closed(&mut self) {
         let mut rest = Vec::new();

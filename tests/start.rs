@@ -190,7 +190,9 @@ async fn a_database_that_cannot_be_reached_is_named_as_the_reason() {
     let limit = "no connection to the database within the limit";
     assert_refuses(
         command(&format!("postgres://u@{address}/d")),
-        &format!("cannot connect to the database: {limit}"),
+        &format!(
+            "cannot connect to the database: {limit}: check that it runs, and host, port, user and password in DATABASE_URL"
+        ),
     );
 }
 
@@ -389,6 +391,84 @@ async fn without_a_database_requests_get_503_and_its_cause_stands_in_the_log_onc
     crate::harness::succeed(Cluster::script(cluster.folder.path(), "up"), "");
     assert_eq!(service.get("/listings/1").status, 200);
     assert_eq!(service.post(LOFT).status, 201);
+}
+
+#[tokio::test]
+async fn a_database_that_is_silent_keeps_nobody_waiting_beyond_the_limit() {
+    let cluster = Cluster::start();
+    let output = refinery(&cluster.url, &in_checkout("sql"));
+    assert!(output.status.success(), "{}", printed(&output));
+    let limits = [
+        ("CONNECT_TIMEOUT_MS", "500"),
+        ("POOL_WAIT_MS", "500"),
+        ("WORKERS", "1"),
+    ];
+    let service = Service::start_at(&cluster.url, Database::empty().await, &limits);
+    assert_eq!(service.post(LOFT).status, 201);
+    crate::commands::stop(&cluster);
+    // In its place, somebody who takes connections and never says a word.
+    let address = ("127.0.0.1", cluster.config.get_ports()[0]);
+    let _silent = std::net::TcpListener::bind(address).expect("the port that the database left");
+    let begun = Instant::now();
+    thread::scope(|scope| {
+        for path in [
+            "/listings/1",
+            "/listings/1/prices",
+            "/listings",
+            "/listings/2",
+        ]
+        .repeat(3)
+        {
+            let service = &service;
+            scope.spawn(move || assert_eq!(service.get(path).status, 503, "{path}"));
+        }
+    });
+    assert!(
+        begun.elapsed() < Duration::from_secs(3),
+        "{:?}",
+        begun.elapsed()
+    );
+}
+
+#[tokio::test]
+async fn a_stop_that_runs_out_of_time_ends_all_the_same() {
+    let settings = [("SHUTDOWN_TIMEOUT_MS", "500")];
+    let mut service = Service::start_with(Database::migrated().await, &settings).await;
+    service.post(LOFT);
+    run(&service.db.superuser, "begin; update listing set price = 1").await;
+    let mut waiting = service.connect();
+    let head =
+        format!("PATCH /listings/1 HTTP/1.1\r\nhost: x\r\n{JSON}content-length: 2\r\n\r\n{{}}");
+    waiting.write(head.as_bytes());
+    let blocked = "select count(*) from pg_stat_activity where wait_event_type = 'Lock' and datname = current_database()";
+    wait_for(&service, blocked, "1").await;
+    service.signal("-TERM");
+    assert_eq!(service.wait(), Some(0));
+    run(&service.db.superuser, "rollback").await;
+}
+
+#[tokio::test]
+async fn anything_else_is_an_internal_error_whose_cause_stands_in_the_log_alone() {
+    let service = Service::start().await;
+    let rule = "alter table listing add constraint secret_rule check (name <> 'Loft')";
+    run(&service.db.superuser, rule).await;
+    let response = service.post(LOFT);
+    assert_eq!(response.error(), (500, "internal error".to_owned()));
+    // The answer to a later request is logged behind everything of this one.
+    service.send("GET", "/listings/9", "x-request-id: later\r\n", "");
+    service.logged("later");
+    let id = response.header("x-request-id").expect("a request id");
+    let log = service.log();
+    let causes: Vec<_> = log.iter().filter(|line| line.contains("ERROR")).collect();
+    assert_eq!(causes.len(), 1, "{causes:?}");
+    assert!(
+        causes[0].contains(id) && causes[0].contains("secret_rule"),
+        "{causes:?}"
+    );
+    assert!(
+        !log.iter().any(|line| line.contains("+33123456789")),
+        "{log:?}"
+    );
 }
 
 #[tokio::test]
