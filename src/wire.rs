@@ -3,10 +3,9 @@
 //! A client that has gone is not worked for: the end of what it sends is an error here, which drops its request, and with that
 //! cancels the statement.
 //!
-//! The few errors that the parser answers by itself, before there is a request, get the form of the contract.
-//! For a head that is malformed, too long or too slow it writes a bare status and ends the connection. The error body
-//! takes its place here. The parser's own responses are the only ones of 400 or above
-//! without a body, and always the last of their connection.
+//! The few errors that the parser answers by itself, before there is a request, get the form of the contract. For a head that
+//! is malformed, too long or too slow it writes a bare status and ends the connection. The error body takes its place here.
+//! The parser's own responses are the only ones of 400 or above without a body, and always the last of their connection.
 
 use std::io;
 use std::pin::Pin;

@@ -1,5 +1,6 @@
 //! The service as its clients meet it: the real program on a real socket, every response held against `src/openapi.yaml`.
 
+use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::process::{Child, Command, Stdio};
@@ -7,6 +8,7 @@ use std::sync::{Arc, LazyLock, Mutex};
 use std::thread;
 use std::time::Duration;
 
+use jsonschema::Validator;
 use serde_json::{Value, json};
 
 use crate::harness::{Database, run};
@@ -386,9 +388,7 @@ impl Response {
             self.status
         );
         if media_type == "application/json" {
-            // The schemas point at each other within the whole document.
-            let schema = json!({ "allOf": [schema], "components": OPENAPI["components"] });
-            let validator = jsonschema::validator_for(&schema).expect("a schema");
+            let validator = validator(schema);
             let body = self.json();
             let problems: Vec<_> = validator
                 .iter_errors(&body)
@@ -402,6 +402,18 @@ impl Response {
             );
         }
     }
+}
+
+/// The validator of a schema of the contract, made once.
+fn validator(schema: &Value) -> Arc<Validator> {
+    static MADE: LazyLock<Mutex<HashMap<String, Arc<Validator>>>> = LazyLock::new(Mutex::default);
+    let mut made = MADE.lock().expect("the validators");
+    let validator = made.entry(schema.to_string()).or_insert_with(|| {
+        // The schemas point at each other within the whole document.
+        let schema = json!({ "allOf": [schema], "components": OPENAPI["components"] });
+        Arc::new(jsonschema::validator_for(&schema).expect("a schema"))
+    });
+    validator.clone()
 }
 
 /// What the contract says of a response.
