@@ -405,7 +405,7 @@ pub async fn list(
 ) -> Result<HttpResponse, ApiError> {
     let mut parameters = Parameters::of(&request)?;
     let limit = parameters.limit()?;
-    let after = parameters.integer("after", 0)?.unwrap_or(0);
+    let after = parameters.integer("after")?.unwrap_or(0);
     let mut filter = Filter::default();
     filter.add(
         "building_type =",
@@ -434,7 +434,7 @@ pub async fn list(
         parameters.euros("max_price")?,
     );
     filter.add("surface_area_m2 >=", "", parameters.measure("min_surface")?);
-    filter.add("rooms_count >=", "", parameters.integer("min_rooms", 0)?);
+    filter.add("rooms_count >=", "", parameters.integer("min_rooms")?);
     parameters.finish()?;
 
     let mut response = HttpResponse::Ok();

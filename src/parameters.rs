@@ -55,12 +55,10 @@ impl Parameters {
         })
     }
 
-    pub fn integer(&mut self, name: &'static str, least: i32) -> Result<Option<i32>, ApiError> {
+    pub fn integer(&mut self, name: &'static str) -> Result<Option<i32>, ApiError> {
         self.read(name, |text| {
             let value = digits(text).and_then(|value| i32::try_from(value).ok());
-            value
-                .filter(|value| *value >= least)
-                .ok_or("must be an integer between 0 and 2147483647")
+            value.ok_or("must be an integer between 0 and 2147483647")
         })
     }
 

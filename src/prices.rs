@@ -71,31 +71,24 @@ pub async fn list(
     if rows.is_empty() && reader.listing(id).await?.is_none() {
         return Err(ApiError::no_listing(id));
     }
-    let mut next = None;
-    if limit.is_some_and(|limit| rows.len() > limit) {
+    let more = limit.is_some_and(|limit| rows.len() > limit);
+    if more {
         rows.truncate(rows.len() - 1);
-        next = rows
-            .last()
-            .map(|last| last.try_get::<_, i64>("id"))
-            .transpose()?;
     }
     // Rows are only ever added behind the last or, by a prune, taken away.
-    let last = rows
-        .last()
-        .map(|last| last.try_get::<_, i64>("id"))
-        .transpose()?;
-    let more = if next.is_some() { "+" } else { "" };
-    let etag = conditions::etag(&format!("{}-{}{more}", rows.len(), last.unwrap_or(0)));
+    let last: i64 = rows.last().map_or(Ok(0), |last| last.try_get("id"))?;
+    let mark = if more { "+" } else { "" };
+    let etag = conditions::etag(&format!("{}-{last}{mark}", rows.len()));
     if conditions::is_known(&request, &etag) {
         return Ok(conditions::not_modified(etag));
     }
     let mut response = HttpResponse::Ok();
     response.insert_header((header::ETAG, etag));
     response.insert_header((header::CACHE_CONTROL, "no-cache"));
-    if let Some(next) = next {
+    if more {
         response.insert_header((
             header::LINK,
-            parameters.next_page(request.path(), &next.to_string()),
+            parameters.next_page(request.path(), &last.to_string()),
         ));
     }
     let prices = rows

@@ -39,7 +39,7 @@ major_version() {
 }
 
 # PostgreSQL refuses to run as root, so root hands its commands to the user postgres. That user may not be able to reach
-# the checkout by its path (/root/... is closed to it), but it can reach a folder that is already open.
+# the checkout by its path (a home folder is closed to it), but it can reach a folder that is already open.
 if [ "$(id -u)" = 0 ]; then
     reach=/proc/self/fd/9
     as_server() { (cd / && exec runuser -u postgres -- "$@") 9<"$home"; }

@@ -622,7 +622,7 @@ async fn a_list_that_breaks_off_ends_its_connection_and_says_why_in_the_log() {
     let service = Service::start_with(db, &[]).await;
     let mut slow = service.connect();
     slow.write(b"GET /listings HTTP/1.1\r\nhost: x\r\nx-request-id: slow\r\n\r\n");
-    thread::sleep(Duration::from_millis(500));
+    slow.wait_for_the_first_byte();
     run(&service.db.superuser, "alter table listing rename to moved").await;
     // No last chunk: the client can tell that this is not all.
     assert!(!slow.rest().ends_with(b"0\r\n\r\n"));

@@ -291,6 +291,10 @@ impl Connection {
         response
     }
 
+    pub fn wait_for_the_first_byte(&mut self) {
+        assert!(!self.stream.fill_buf().expect("a byte").is_empty());
+    }
+
     /// All that comes until the other side ends the connection, in whatever way.
     pub fn rest(&mut self) -> Vec<u8> {
         let mut rest = Vec::new();

@@ -250,14 +250,7 @@ async fn a_stop_lets_the_requests_under_way_finish() {
         let mut service =
             Service::start_with(Database::migrated().await, &[("SHUTDOWN_DELAY_MS", "1000")]).await;
         service.post(LOFT);
-        run(&service.db.superuser, "begin; update listing set price = 1").await;
-        let mut waiting = service.connect();
-        let head = format!(
-            "PUT /listings/1 HTTP/1.1\r\nhost: x\r\n{JSON}content-length: {}\r\n\r\n",
-            LOFT.len()
-        );
-        waiting.write(&[head.as_bytes(), LOFT.as_bytes()].concat());
-        thread::sleep(Duration::from_millis(200));
+        let mut waiting = patch_that_waits(&service).await;
         service.signal(signal);
         // Told apart from a crash by whoever asks, while requests are still served.
         let told = Instant::now();
@@ -279,7 +272,7 @@ async fn a_stop_lets_the_requests_under_way_finish() {
             thread::sleep(Duration::from_millis(20));
         }
         run(&service.db.superuser, "commit").await;
-        assert_eq!(waiting.receive("PUT", "/listings/1").status, 200);
+        assert_eq!(waiting.receive("PATCH", "/listings/1").status, 200);
         // Idle connections, which this one is now, do not hold up the end.
         let answered = Instant::now();
         assert_eq!(service.wait(), Some(0));
@@ -435,13 +428,7 @@ async fn a_stop_that_runs_out_of_time_ends_all_the_same() {
     let settings = [("SHUTDOWN_TIMEOUT_MS", "500")];
     let mut service = Service::start_with(Database::migrated().await, &settings).await;
     service.post(LOFT);
-    run(&service.db.superuser, "begin; update listing set price = 1").await;
-    let mut waiting = service.connect();
-    let head =
-        format!("PATCH /listings/1 HTTP/1.1\r\nhost: x\r\n{JSON}content-length: 2\r\n\r\n{{}}");
-    waiting.write(head.as_bytes());
-    let blocked = "select count(*) from pg_stat_activity where wait_event_type = 'Lock' and datname = current_database()";
-    wait_for(&service, blocked, "1").await;
+    let _waiting = patch_that_waits(&service).await;
     service.signal("-TERM");
     assert_eq!(service.wait(), Some(0));
     run(&service.db.superuser, "rollback").await;
@@ -502,24 +489,28 @@ async fn a_client_that_hangs_up_leaves_nothing_behind() {
     let service = Service::start_with(Database::migrated().await, &settings).await;
     service.post(LOFT);
     service.post(LOFT);
-    run(
-        &service.db.superuser,
-        "begin; update listing set price = 1 where id = 1",
-    )
-    .await;
-    let mut gone = service.connect();
-    let head =
-        format!("PATCH /listings/1 HTTP/1.1\r\nhost: x\r\n{JSON}content-length: 2\r\n\r\n{{}}");
-    gone.write(head.as_bytes());
-    let waiting = "select count(*) from pg_stat_activity where wait_event_type = 'Lock' and datname = current_database()";
-    wait_for(&service, waiting, "1").await;
-    drop(gone);
-    wait_for(&service, waiting, "0").await;
+    drop(patch_that_waits(&service).await);
+    wait_for(&service, WAITING, "0").await;
     // The one connection of the pool serves the next, although the lock is still held.
     assert_eq!(service.send("PATCH", "/listings/2", JSON, "{}").status, 200);
     run(&service.db.superuser, "rollback").await;
     let written = "select count(*) from listing where updated_date <> created_date and id = 1";
     assert_eq!(value(&service.db.superuser, written).await, "0");
+}
+
+/// How many statements wait for a lock.
+const WAITING: &str = "select count(*) from pg_stat_activity \
+    where wait_event_type = 'Lock' and datname = current_database()";
+
+/// A request under way to listing 1, whose row the superuser has locked in a transaction that it left open.
+async fn patch_that_waits(service: &Service) -> Connection {
+    let lock = "begin; update listing set price = 1 where id = 1";
+    run(&service.db.superuser, lock).await;
+    let mut connection = service.connect();
+    let head = "PATCH /listings/1 HTTP/1.1\r\nhost: x\r\n";
+    connection.write(format!("{head}{JSON}content-length: 2\r\n\r\n{{}}").as_bytes());
+    wait_for(service, WAITING, "1").await;
+    connection
 }
 
 async fn wait_for(service: &Service, sql: &str, expected: &str) {
@@ -543,12 +534,7 @@ async fn no_connection_within_the_limit_gets_503() {
     ];
     let service = Service::start_with(Database::migrated().await, &settings).await;
     service.post(LOFT);
-    run(&service.db.superuser, "begin; update listing set price = 1").await;
-    let mut waiting = service.connect();
-    let head =
-        format!("PATCH /listings/1 HTTP/1.1\r\nhost: x\r\n{JSON}content-length: 2\r\n\r\n{{}}");
-    waiting.write(head.as_bytes());
-    thread::sleep(Duration::from_millis(200));
+    let mut waiting = patch_that_waits(&service).await;
     let response = service.send("PATCH", "/listings/1", JSON, "{}");
     assert_eq!(response.status, 503);
     assert_eq!(service.get("/listings/1").status, 200);
