@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use actix_web::rt;
 use deadpool_postgres::{Manager, ManagerConfig, Object, Pool, RecyclingMethod, Runtime};
 use refinery::embed_migrations;
 use rustls::pki_types::CertificateDer;
@@ -34,13 +35,15 @@ impl Database {
     /// has a way of its own.
     pub fn new(settings: &Settings, pool_size: usize) -> Result<Self, String> {
         let mut config = settings.database.clone();
-        let limit = format!(
-            "-c statement_timeout={}",
+        // One plan for all values of a statement: it uses the index of a filter also where statistics make another way look
+        // shorter, and no short batch of ids is worth a plan of its own.
+        let ours = format!(
+            "-c statement_timeout={} -c plan_cache_mode=force_generic_plan",
             settings.statement_timeout.as_millis()
         );
         let options = config
             .get_options()
-            .map_or(limit.clone(), |options| format!("{options} {limit}"));
+            .map_or(ours.clone(), |options| format!("{options} {ours}"));
         config
             .options(options)
             .application_name("listing-api")
@@ -79,7 +82,8 @@ impl Database {
         let (client, connection) = connecting
             .map_err(|_| ApiError::unavailable("no connection to the database within the limit"))?
             .map_err(|error| ApiError::unavailable(describe(&error)))?;
-        tokio::spawn(async move {
+        // On the tasks of this thread, where a message costs no detour.
+        rt::spawn(async move {
             // The requests that this concerns get the error too, and report it.
             if let Err(error) = connection.await {
                 log::debug!("a database connection ended: {}", describe(&error));
@@ -88,7 +92,7 @@ impl Database {
         Ok(client)
     }
 
-    /// Waits for a connection no longer than making one may take, also where another request is making it.
+    /// Waits for a connection that is ready for use no longer than making one may take.
     pub async fn connected_within_limit<T>(
         &self,
         connecting: impl Future<Output = Result<T, ApiError>>,
@@ -100,11 +104,9 @@ impl Database {
     }
 
     /// Waits for an answer no longer than any statement may take.
-    pub async fn within_limit<T>(
-        &self,
-        answer: impl Future<Output = Result<T, tokio_postgres::Error>>,
-    ) -> Option<Result<T, tokio_postgres::Error>> {
-        timeout(self.answer_timeout, answer).await.ok()
+    pub async fn within_limit<T>(&self, answer: impl Future<Output = T>) -> Result<T, ApiError> {
+        let late = |_| ApiError::timed_out("no answer from the database within the limit");
+        timeout(self.answer_timeout, answer).await.map_err(late)
     }
 
     /// Runs one statement on a connection of its own, and gives the connection back before it returns.
@@ -116,26 +118,19 @@ impl Database {
                 tls: &self.tls,
             };
             let client = busy.client.insert(self.pool.get().await?);
-            let answer = self
-                .within_limit(async {
-                    let statement = client.prepare_cached(sql).await?;
-                    client.query(&statement, parameters).await
-                })
-                .await;
-            match answer {
-                None => {
-                    return Err(ApiError::timed_out(
-                        "no answer from the database within the limit",
-                    ));
-                }
-                Some(Err(error)) if statement_is_stale(&error) && !retried => retried = true,
-                Some(Err(error)) => {
+            let answer = self.within_limit(async {
+                let statement = client.prepare_cached(sql).await?;
+                client.query(&statement, parameters).await
+            });
+            match answer.await? {
+                Err(error) if statement_is_stale(&error) && !retried => retried = true,
+                Err(error) => {
                     if !connection_is_lost(&error) {
                         busy.give_back();
                     }
                     return Err(error.into());
                 }
-                Some(Ok(rows)) => {
+                Ok(rows) => {
                     busy.give_back();
                     return Ok(rows);
                 }
@@ -157,7 +152,7 @@ impl Database {
         let rows = self
             .within_limit(client.query(sql, &[]))
             .await
-            .ok_or("the database does not answer")?;
+            .map_err(|error| error.to_string())?;
         let migrate = "run: refinery migrate -e DATABASE_URL -p sql -g -d -m";
         let applied = match rows {
             Ok(rows) => rows,

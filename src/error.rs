@@ -11,7 +11,7 @@ use serde::Serialize;
 use tokio_postgres::error::SqlState;
 
 /// A response of 400 or above. The cause is for the log alone.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct ApiError {
     status: StatusCode,
     message: String,
@@ -67,6 +67,10 @@ impl ApiError {
 
     pub fn internal(cause: impl Display) -> Self {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal error").because(cause)
+    }
+
+    pub fn is_internal(&self) -> bool {
+        self.status == StatusCode::INTERNAL_SERVER_ERROR
     }
 
     fn because(mut self, cause: impl Display) -> Self {

@@ -1,9 +1,12 @@
 //! Exact numbers: from the digits on the wire to `numeric(12,2)` and back, never through a float.
 
+use std::error::Error;
 use std::fmt;
 
+use bytes::{Buf, BufMut, BytesMut};
 use serde::{Serialize, Serializer, ser};
 use serde_json::value::RawValue;
+use tokio_postgres::types::{FromSql, IsNull, ToSql, Type, accepts, to_sql_checked};
 
 /// An amount from 0 to 9,999,999,999.99 euros.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,9 +41,61 @@ impl fmt::Display for Euros {
 
 impl Serialize for Euros {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        if self.cents % 100 == 0 {
+            return serializer.serialize_i64(self.cents / 100);
+        }
         let number = RawValue::from_string(self.to_string()).map_err(ser::Error::custom)?;
         number.serialize(serializer)
     }
+}
+
+/// `numeric` as PostgreSQL sends it: how many digits to the base of 10,000, the power of the first of them, the sign, how many
+/// decimals to show, and the digits.
+impl FromSql<'_> for Euros {
+    fn from_sql(_: &Type, mut numeric: &[u8]) -> Result<Self, Box<dyn Error + Sync + Send>> {
+        let digits = numeric.try_get_u16()?;
+        let first_power = numeric.try_get_i16()?;
+        let sign = numeric.try_get_u16()?;
+        let _decimals = numeric.try_get_u16()?;
+        let mut cents = 0;
+        for power in (0..digits).map(|index| i32::from(first_power) - i32::from(index)) {
+            let digit = i64::from(numeric.try_get_u16()?);
+            cents += match power {
+                2 => digit * 10_000_000_000,
+                1 => digit * 1_000_000,
+                0 => digit * 100,
+                -1 if digit % 100 == 0 => digit / 100,
+                _ => return Err("more digits than numeric(12,2) has".into()),
+            };
+        }
+        if sign != 0 || cents > Self::MAX_CENTS {
+            return Err("no amount from 0 to 9999999999.99".into());
+        }
+        Ok(Self { cents })
+    }
+
+    accepts!(NUMERIC);
+}
+
+impl ToSql for Euros {
+    fn to_sql(&self, _: &Type, out: &mut BytesMut) -> Result<IsNull, Box<dyn Error + Sync + Send>> {
+        let (euros, cents) = (self.cents / 100, self.cents % 100);
+        for field in [4, 2, 0, 2] {
+            out.put_u16(field);
+        }
+        for digit in [
+            euros / 100_000_000,
+            euros / 10_000 % 10_000,
+            euros % 10_000,
+            cents * 100,
+        ] {
+            out.put_u16(u16::try_from(digit)?);
+        }
+        Ok(IsNull::No)
+    }
+
+    accepts!(NUMERIC);
+    to_sql_checked!();
 }
 
 /// The whole number that the text of a JSON number means. `2.0` is one (JSON Schema says so).

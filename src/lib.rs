@@ -4,8 +4,8 @@
 //! A request takes two hops: [`routes`] names the handler, and the handler holds its SQL.
 //!
 //! - [`listings`]: a listing's whole life. [`prices`]: the history. Start reading there.
-//! - [`json`], [`parameters`], [`conditions`]: what clients send, checked. [`euros`]: exact money.
-//! - [`database`]: connecting, the pool for writes and lists, the check of the schema. [`reader`]: reads by id.
+//! - [`json`], [`parameters`], [`conditions`]: what clients send, checked. [`euros`]: exact money. [`pages`]: long lists.
+//! - [`database`]: connecting, the pool for writes and lists, the check of the schema. [`reader`]: reads by id, shared.
 //! - [`error`]: from every failure to a status and a message. [`edge`] and [`wire`]: what every response shares.
 //! - [`admin`] and [`metrics`]: for operators. [`docs`]: for consumers.
 
@@ -19,6 +19,7 @@ mod euros;
 mod json;
 mod listings;
 mod metrics;
+mod pages;
 mod parameters;
 mod prices;
 mod reader;

@@ -1,20 +1,17 @@
 //! A listing's whole life: what it looks like, how it is checked, and the statements behind each method.
 
-use actix_web::http::{Method, StatusCode, header};
+use actix_web::http::{StatusCode, header};
 use actix_web::{HttpRequest, HttpResponse, web};
-use bytes::Bytes;
-use chrono::{DateTime, Utc};
-use futures_util::stream::{self, Stream, TryStreamExt};
 use serde::Serialize;
 use tokio_postgres::Row;
 use tokio_postgres::types::ToSql;
 
 use crate::conditions::{self, IfMatch};
 use crate::database::Database;
-use crate::edge::request_id;
 use crate::error::ApiError;
 use crate::euros::Euros;
 use crate::json::{self, Moment, Object, Problems};
+use crate::pages;
 use crate::parameters::Parameters;
 use crate::reader::Reader;
 
@@ -44,9 +41,12 @@ struct PostalAddress<'a> {
 }
 
 /// What every statement returns of a listing. `xmin` is another one after every write to the row, whoever writes.
-const COLUMNS: &str = "id, name, street_address, postal_code, city, country, description, building_type, \
-    price::text as price, surface_area_m2, rooms_count, bedrooms_count, contact_phone_number, created_date, updated_date, \
-    xmin::text as version";
+macro_rules! columns {
+    () => {
+        "id, name, street_address, postal_code, city, country, description, building_type, price, surface_area_m2, \
+         rooms_count, bedrooms_count, contact_phone_number, created_date, updated_date, xmin::text as version"
+    };
+}
 
 impl<'a> TryFrom<&'a Row> for Listing<'a> {
     type Error = ApiError;
@@ -63,15 +63,19 @@ impl<'a> TryFrom<&'a Row> for Listing<'a> {
             },
             description: row.try_get("description")?,
             building_type: row.try_get("building_type")?,
-            latest_price_eur: Euros::parse(row.try_get("price")?).map_err(ApiError::internal)?,
+            latest_price_eur: row.try_get("price")?,
             surface_area_m2: row.try_get("surface_area_m2")?,
             rooms_count: row.try_get("rooms_count")?,
             bedrooms_count: row.try_get("bedrooms_count")?,
             contact_phone_number: row.try_get("contact_phone_number")?,
-            created_date: Moment(row.try_get::<_, DateTime<Utc>>("created_date")?),
-            updated_date: Moment(row.try_get::<_, DateTime<Utc>>("updated_date")?),
+            created_date: row.try_get("created_date")?,
+            updated_date: row.try_get("updated_date")?,
         })
     }
+}
+
+fn write(row: &Row, json: &mut Vec<u8>) -> Result<(), ApiError> {
+    serde_json::to_writer(json, &Listing::try_from(row)?).map_err(ApiError::internal)
 }
 
 /// What a body asks for. A field that it does not name is `None`.
@@ -178,6 +182,13 @@ pub fn id(text: &str) -> Result<i32, ApiError> {
     id.ok_or_else(|| ApiError::no_listing(text))
 }
 
+const INSERT: &str = concat!(
+    "insert into public.listing (name, street_address, postal_code, city, country, description, building_type, \
+     price, surface_area_m2, rooms_count, bedrooms_count, contact_phone_number) \
+     values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12) returning ",
+    columns!()
+);
+
 pub async fn create(
     request: HttpRequest,
     payload: web::Payload,
@@ -199,14 +210,9 @@ pub async fn create(
         bedrooms_count,
         contact_phone_number,
     } = Input::parse(&body, true)?;
-    let sql = format!(
-        "insert into public.listing (name, street_address, postal_code, city, country, description, building_type, \
-         price, surface_area_m2, rooms_count, bedrooms_count, contact_phone_number) \
-         values ($1, $2, $3, $4, $5, $6, $7, $8::text::numeric, $9, $10, $11, $12) returning {COLUMNS}"
-    );
     let rows = database
         .query(
-            &sql,
+            INSERT,
             &[
                 &name,
                 &street_address,
@@ -215,7 +221,7 @@ pub async fn create(
                 &country,
                 &description,
                 &building_type,
-                &price.map(|price| price.to_string()),
+                &price,
                 &surface_area_m2,
                 &rooms_count,
                 &bedrooms_count,
@@ -239,21 +245,21 @@ pub async fn get(
     reader: web::Data<Reader>,
 ) -> Result<HttpResponse, ApiError> {
     let id = id(&path)?;
-    let row = reader
-        .listing(id)
-        .await?
-        .ok_or_else(|| ApiError::no_listing(id))?;
+    let rows = reader.listing(id).await?;
+    let row = rows.first().ok_or_else(|| ApiError::no_listing(id))?;
     let etag = conditions::etag(row.try_get("version")?);
     if conditions::is_known(&request, &etag) {
         return Ok(conditions::not_modified(etag));
     }
-    respond(&row, StatusCode::OK)
+    respond(row, StatusCode::OK)
 }
 
-/// The statement that the reader prepares.
-pub fn select_one() -> String {
-    format!("select {COLUMNS} from public.listing where id = $1")
-}
+/// What the reader asks of many listings at once.
+pub const SELECT_BATCH: &str = concat!(
+    "select ",
+    columns!(),
+    " from public.listing where id = any($1)"
+);
 
 pub async fn replace(
     request: HttpRequest,
@@ -285,8 +291,27 @@ pub async fn patch(
     update(&request, &database, id, Input::parse(&body, false)?).await
 }
 
-/// Changes what the input names, if the row still is what the client has seen: both in one statement, so that of two who
-/// saw the same, one wins.
+/// Changes what is given, if the row still is what the client has seen: both in one statement, so that of two who saw the
+/// same, one wins.
+const UPDATE: &str = concat!(
+    "update public.listing set \
+     name = coalesce($3, name), \
+     street_address = coalesce($4, street_address), \
+     postal_code = coalesce($5, postal_code), \
+     city = coalesce($6, city), \
+     country = coalesce($7, country), \
+     description = coalesce($8, description), \
+     building_type = coalesce($9, building_type), \
+     price = coalesce($10, price), \
+     surface_area_m2 = coalesce($11, surface_area_m2), \
+     rooms_count = coalesce($12, rooms_count), \
+     bedrooms_count = coalesce($13, bedrooms_count), \
+     contact_phone_number = case when $14 then $15 else contact_phone_number end, \
+     updated_date = now() \
+     where id = $1 and ($2::text[] is null or xmin::text = any($2)) returning ",
+    columns!()
+);
+
 async fn update(
     request: &HttpRequest,
     database: &Database,
@@ -307,27 +332,10 @@ async fn update(
         bedrooms_count,
         contact_phone_number,
     } = input;
-    let sql = format!(
-        "update public.listing set \
-         name = coalesce($3, name), \
-         street_address = coalesce($4, street_address), \
-         postal_code = coalesce($5, postal_code), \
-         city = coalesce($6, city), \
-         country = coalesce($7, country), \
-         description = coalesce($8, description), \
-         building_type = coalesce($9, building_type), \
-         price = coalesce($10::text::numeric, price), \
-         surface_area_m2 = coalesce($11, surface_area_m2), \
-         rooms_count = coalesce($12, rooms_count), \
-         bedrooms_count = coalesce($13, bedrooms_count), \
-         contact_phone_number = case when $14 then $15 else contact_phone_number end, \
-         updated_date = now() \
-         where id = $1 and ($2::text[] is null or xmin::text = any($2)) returning {COLUMNS}"
-    );
     let if_match = IfMatch::of(request);
     let rows = database
         .query(
-            &sql,
+            UPDATE,
             &[
                 &id,
                 &if_match.versions(),
@@ -338,7 +346,7 @@ async fn update(
                 &country,
                 &description,
                 &building_type,
-                &price.map(|price| price.to_string()),
+                &price,
                 &surface_area_m2,
                 &rooms_count,
                 &bedrooms_count,
@@ -396,9 +404,6 @@ fn respond(row: &Row, status: StatusCode) -> Result<HttpResponse, ApiError> {
         .json(Listing::try_from(row)?))
 }
 
-/// Rows of a list read at a time. Each page gives its connection back before it is sent.
-const PAGE: usize = 1000;
-
 pub async fn list(
     request: HttpRequest,
     database: web::Data<Database>,
@@ -409,65 +414,43 @@ pub async fn list(
     let mut filter = Filter::default();
     filter.add(
         "building_type =",
-        "",
         parameters.string("building_type", known_building_type)?,
     );
     filter.add(
         "country =",
-        "",
         parameters.string("country", two_capital_letters)?,
     );
-    filter.add("city =", "", parameters.string("city", not_empty)?);
+    filter.add("city =", parameters.string("city", not_empty)?);
     filter.add(
         "postal_code =",
-        "",
         parameters.string("postal_code", not_empty)?,
     );
-    filter.add(
-        "price >=",
-        "::text::numeric",
-        parameters.euros("min_price")?,
-    );
-    filter.add(
-        "price <=",
-        "::text::numeric",
-        parameters.euros("max_price")?,
-    );
-    filter.add("surface_area_m2 >=", "", parameters.measure("min_surface")?);
-    filter.add("rooms_count >=", "", parameters.integer("min_rooms")?);
+    filter.add("price >=", parameters.euros("min_price")?);
+    filter.add("price <=", parameters.euros("max_price")?);
+    filter.add("surface_area_m2 >=", parameters.measure("min_surface")?);
+    filter.add("rooms_count >=", parameters.integer("min_rooms")?);
     parameters.finish()?;
 
     let mut response = HttpResponse::Ok();
     response.insert_header((header::CACHE_CONTROL, "no-cache"));
     let Some(limit) = limit else {
-        let first = filter.page(&database, after, PAGE).await?;
-        response.content_type("application/json");
-        if *request.method() == Method::HEAD {
-            return Ok(response.streaming(stream::empty::<Result<Bytes, ApiError>>()));
-        }
-        let id = request_id(request.headers());
-        let rows = every_row(database, filter, first);
-        // The response is under way, so this is the one place that can still tell of a failure.
-        let rows = rows.inspect_err(move |error| log::error!("{id:?} broken off: {error}"));
-        return Ok(response.streaming(rows));
+        let read = async move |row: Option<&Row>| {
+            let after = row.map_or(Ok(after), |row| row.try_get("id"))?;
+            filter.page(&database, after, pages::PAGE).await
+        };
+        return pages::respond(&request, response, read, write).await;
     };
     // One more than asked for tells whether there is a further page.
     let mut rows = filter.page(&database, after, limit + 1).await?;
-    if rows.len() > limit {
-        rows.truncate(rows.len() - 1);
-        if let Some(last) = rows.last() {
-            let last: i32 = last.try_get("id")?;
-            response.insert_header((
-                header::LINK,
-                parameters.next_page(request.path(), &last.to_string()),
-            ));
-        }
+    if pages::cut(&mut rows, limit)
+        && let Some(last) = rows.last()
+    {
+        let last: i32 = last.try_get("id")?;
+        let next = parameters.next_page(request.path(), &last.to_string());
+        response.insert_header((header::LINK, next));
     }
-    let listings = rows
-        .iter()
-        .map(Listing::try_from)
-        .collect::<Result<Vec<_>, _>>()?;
-    Ok(response.json(listings))
+    response.content_type("application/json");
+    Ok(response.body(pages::array(&rows, write)?))
 }
 
 /// The conditions of a list and their values.
@@ -478,30 +461,20 @@ struct Filter {
 }
 
 impl Filter {
-    fn add(
-        &mut self,
-        condition: &str,
-        cast: &str,
-        value: Option<impl ToSql + Send + Sync + 'static>,
-    ) {
+    fn add(&mut self, condition: &str, value: Option<impl ToSql + Send + Sync + 'static>) {
         if let Some(value) = value {
             self.values.push(Box::new(value));
             // $1 is the id after which the page begins, $2 its size.
             let number = self.values.len() + 2;
-            self.conditions = format!("{} and {condition} ${number}{cast}", self.conditions);
+            self.conditions = format!("{} and {condition} ${number}", self.conditions);
         }
     }
 
-    async fn page(
-        &self,
-        database: &Database,
-        after: i32,
-        size: usize,
-    ) -> Result<Vec<Row>, ApiError> {
-        let size = i64::try_from(size).unwrap_or(i64::MAX);
+    async fn page(&self, database: &Database, after: i32, size: i64) -> Result<Vec<Row>, ApiError> {
         let conditions = &self.conditions;
         let sql = format!(
-            "select {COLUMNS} from public.listing where id > $1{conditions} order by id limit $2"
+            "select {} from public.listing where id > $1{conditions} order by id limit $2",
+            columns!()
         );
         let mut parameters: Vec<&(dyn ToSql + Sync)> = vec![&after, &size];
         for value in &self.values {
@@ -509,44 +482,4 @@ impl Filter {
         }
         database.query(&sql, &parameters).await
     }
-}
-
-/// A JSON array in pieces: a page is read when the client has taken the one before.
-fn every_row(
-    database: web::Data<Database>,
-    filter: Filter,
-    first: Vec<Row>,
-) -> impl Stream<Item = Result<Bytes, ApiError>> {
-    // What is left to do: a page that was read already or the id behind which the next begins, and what stands before a row.
-    stream::try_unfold(Some((filter, Some(first), 0, b'[')), move |state| {
-        let database = database.clone();
-        async move {
-            let Some((filter, first, after, mut separator)) = state else {
-                return Ok(None);
-            };
-            let rows = match first {
-                Some(rows) => rows,
-                None => filter.page(&database, after, PAGE).await?,
-            };
-            let mut piece = Vec::with_capacity(rows.len() * 512 + 2);
-            for row in &rows {
-                piece.push(separator);
-                separator = b',';
-                serde_json::to_writer(&mut piece, &Listing::try_from(row)?)
-                    .map_err(ApiError::internal)?;
-            }
-            if let Some(last) = rows.last().filter(|_| rows.len() == PAGE) {
-                let after = last.try_get("id")?;
-                return Ok(Some((
-                    Bytes::from(piece),
-                    Some((filter, None, after, separator)),
-                )));
-            }
-            if separator == b'[' {
-                piece.push(b'[');
-            }
-            piece.push(b']');
-            Ok(Some((Bytes::from(piece), None)))
-        }
-    })
 }

@@ -48,9 +48,9 @@ impl Parameters {
         read.map_err(|problem| ApiError::malformed(format!("{name}: {problem}")))
     }
 
-    pub fn limit(&mut self) -> Result<Option<usize>, ApiError> {
-        self.read("limit", |text| match digits(text).map(usize::try_from) {
-            Some(Ok(limit @ 1..=1000)) => Ok(limit),
+    pub fn limit(&mut self) -> Result<Option<i64>, ApiError> {
+        self.read("limit", |text| match digits(text) {
+            Some(limit @ 1..=1000) => Ok(limit),
             _ => Err("must be between 1 and 1000"),
         })
     }
@@ -68,10 +68,8 @@ impl Parameters {
         })
     }
 
-    pub fn euros(&mut self, name: &'static str) -> Result<Option<String>, ApiError> {
-        self.read(name, |text| {
-            Euros::parse(text).map(|euros| euros.to_string())
-        })
+    pub fn euros(&mut self, name: &'static str) -> Result<Option<Euros>, ApiError> {
+        self.read(name, Euros::parse)
     }
 
     pub fn measure(&mut self, name: &'static str) -> Result<Option<f64>, ApiError> {

@@ -1,17 +1,19 @@
 //! The price history of a listing, as the database wrote it.
 
+use std::rc::Rc;
+
 use actix_web::http::header;
 use actix_web::{HttpRequest, HttpResponse, web};
-use chrono::{DateTime, Utc};
 use serde::Serialize;
 use tokio_postgres::Row;
 
 use crate::conditions;
-use crate::database::Database;
+use crate::database::{self, Database};
 use crate::error::ApiError;
 use crate::euros::Euros;
 use crate::json::Moment;
 use crate::listings;
+use crate::pages;
 use crate::parameters::Parameters;
 use crate::reader::Reader;
 
@@ -21,23 +23,31 @@ struct Price {
     created_date: Moment,
 }
 
-impl TryFrom<&Row> for Price {
-    type Error = ApiError;
-
-    fn try_from(row: &Row) -> Result<Self, ApiError> {
-        Ok(Self {
-            price_eur: Euros::parse(row.try_get("price")?).map_err(ApiError::internal)?,
-            created_date: Moment(row.try_get::<_, DateTime<Utc>>("changed_at")?),
-        })
-    }
+fn write(row: &Row, json: &mut Vec<u8>) -> Result<(), ApiError> {
+    let price = Price {
+        price_eur: row.try_get("new_price")?,
+        created_date: row.try_get("changed_at")?,
+    };
+    serde_json::to_writer(json, &price).map_err(ApiError::internal)
 }
 
-/// The whole history, which the reader prepares. It is read from the index alone.
-pub const SELECT_ALL: &str = "select id, new_price::text as price, changed_at from public.listing_price_log where listing_id = $1 order by id";
+/// What the reader asks of many listings at once: the whole of a short history, the beginning of a long one. It is read from
+/// the index alone.
+pub const SELECT_BATCH: &str = "select listing_id, price.* from unnest($1::integer[]) as wanted (listing_id) \
+    cross join lateral (select id, new_price, changed_at from public.listing_price_log as log \
+        where log.listing_id = wanted.listing_id order by id limit 101) as price";
 
-const SELECT_SOME: &str = "select id, new_price::text as price, changed_at from public.listing_price_log \
-    where listing_id = $1 and ($2::timestamptz is null or changed_at >= $2) and ($3::timestamptz is null or changed_at < $3) \
-    and id > $4 order by id limit $5";
+/// A history longer than this is read by itself, page by page, so that it holds up nobody.
+const SHORT: usize = 100;
+
+const SELECT_EXTENT: &str = "select count(*), coalesce(max(id), 0) as last from public.listing_price_log \
+    where listing_id = $1 and id > $2 \
+    and ($3::timestamptz is null or changed_at >= $3) and ($4::timestamptz is null or changed_at < $4)";
+
+const SELECT_PAGE: &str = "select id, new_price, changed_at from public.listing_price_log \
+    where listing_id = $1 and id > $2 \
+    and ($3::timestamptz is null or changed_at >= $3) and ($4::timestamptz is null or changed_at < $4) \
+    and id <= $5 order by id limit $6";
 
 pub async fn list(
     request: HttpRequest,
@@ -48,37 +58,42 @@ pub async fn list(
     let id = listings::id(&path)?;
     let mut parameters = Parameters::of(&request)?;
     let limit = parameters.limit()?;
-    let after = parameters.long("after")?;
+    let after = parameters.long("after")?.unwrap_or(0);
     let from = parameters.moment("from")?;
     let to = parameters.moment("to")?;
     parameters.finish()?;
 
-    let mut rows = if limit.is_none() && after.is_none() && from.is_none() && to.is_none() {
-        reader.prices(id).await?
-    } else {
+    let mut more = false;
+    let prices = if let Some(limit) = limit {
         // One more than asked for tells whether there is a further page.
-        let rows_at_most = limit
-            .map_or(Ok(i64::MAX), |limit| i64::try_from(limit + 1))
-            .map_err(ApiError::internal)?;
-        database
-            .query(
-                SELECT_SOME,
-                &[&id, &from, &to, &after.unwrap_or(0), &rows_at_most],
-            )
-            .await?
+        let values: database::Parameters = &[&id, &after, &from, &to, &i64::MAX, &(limit + 1)];
+        let mut prices = database.query(SELECT_PAGE, values).await?;
+        more = pages::cut(&mut prices, limit);
+        Some(Rc::new(prices))
+    } else if request.query_string().is_empty() {
+        let prices = reader.prices(id).await?;
+        (prices.len() <= SHORT).then_some(prices)
+    } else {
+        None
+    };
+    let (count, last): (i64, i64) = if let Some(prices) = &prices {
+        let last = prices.last().map_or(Ok(0), |last| last.try_get("id"))?;
+        (prices.len().try_into().map_err(ApiError::internal)?, last)
+    } else {
+        let values: database::Parameters = &[&id, &after, &from, &to];
+        let extent = database.query(SELECT_EXTENT, values).await?;
+        let extent = extent
+            .first()
+            .ok_or_else(|| ApiError::internal("a count returned no row"))?;
+        (extent.try_get("count")?, extent.try_get("last")?)
     };
     // Every listing has a price, so this is rare: no listing, or none of its prices asked for.
-    if rows.is_empty() && reader.listing(id).await?.is_none() {
+    if count == 0 && reader.listing(id).await?.is_empty() {
         return Err(ApiError::no_listing(id));
     }
-    let more = limit.is_some_and(|limit| rows.len() > limit);
-    if more {
-        rows.truncate(rows.len() - 1);
-    }
     // Rows are only ever added behind the last or, by a prune, taken away.
-    let last: i64 = rows.last().map_or(Ok(0), |last| last.try_get("id"))?;
     let mark = if more { "+" } else { "" };
-    let etag = conditions::etag(&format!("{}-{last}{mark}", rows.len()));
+    let etag = conditions::etag(&format!("{count}-{last}{mark}"));
     if conditions::is_known(&request, &etag) {
         return Ok(conditions::not_modified(etag));
     }
@@ -86,14 +101,17 @@ pub async fn list(
     response.insert_header((header::ETAG, etag));
     response.insert_header((header::CACHE_CONTROL, "no-cache"));
     if more {
-        response.insert_header((
-            header::LINK,
-            parameters.next_page(request.path(), &last.to_string()),
-        ));
+        let next = parameters.next_page(request.path(), &last.to_string());
+        response.insert_header((header::LINK, next));
     }
-    let prices = rows
-        .iter()
-        .map(Price::try_from)
-        .collect::<Result<Vec<_>, _>>()?;
-    Ok(response.json(prices))
+    if let Some(prices) = prices {
+        response.content_type("application/json");
+        return Ok(response.body(pages::array(&prices, write)?));
+    }
+    let read = async move |row: Option<&Row>| {
+        let after = row.map_or(Ok(after), |row| row.try_get("id"))?;
+        let values: database::Parameters = &[&id, &after, &from, &to, &last, &pages::PAGE];
+        database.query(SELECT_PAGE, values).await
+    };
+    pages::respond(&request, response, read, write).await
 }

@@ -103,7 +103,7 @@ fn serve(
         let app = App::new()
             .app_data(settings.clone())
             .app_data(metrics.clone())
-            .app_data(Data::new(Reader::new(database.clone())))
+            .app_data(Data::new(Reader::new(&database, settings.read_queue)))
             .app_data(Data::new(database))
             .wrap(Compress::default())
             .wrap(from_fn(edge))

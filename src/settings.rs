@@ -17,6 +17,7 @@ pub struct Settings {
     pub workers: usize,
     pub pool_size: usize,
     pub pool_wait: Duration,
+    pub read_queue: usize,
     pub connect_timeout: Duration,
     pub statement_timeout: Duration,
     pub shutdown_delay: Duration,
@@ -35,6 +36,8 @@ WORKERS               threads that serve requests                    one for eac
 POOL_SIZE             database connections for writes and lists,
                       shared out among the workers                   16
 POOL_WAIT_MS          how long a request waits for one of them       2000
+READ_QUEUE            reads of a listing or of prices that may wait,
+                      on each worker                                 5000
 CONNECT_TIMEOUT_MS    how long connecting may take                   3000
 STATEMENT_TIMEOUT_MS  how long a statement may take                  5000
 SHUTDOWN_DELAY_MS     from not ready to no new connections           0
@@ -57,6 +60,7 @@ impl Settings {
             )?,
             pool_size: at_least_one("POOL_SIZE", 16)?,
             pool_wait: milliseconds("POOL_WAIT_MS", 2_000)?,
+            read_queue: at_least_one("READ_QUEUE", 5_000)?,
             connect_timeout: milliseconds("CONNECT_TIMEOUT_MS", 3_000)?,
             statement_timeout: milliseconds("STATEMENT_TIMEOUT_MS", 5_000)?,
             shutdown_delay: Duration::from_millis(setting(
@@ -103,10 +107,10 @@ fn setting<T: FromStr>(name: &str, default: &str, right: impl Display) -> Result
 }
 
 fn at_least_one(name: &str, default: usize) -> Result<usize, String> {
-    match setting(name, &default.to_string(), "a whole number from 1 to 1000")? {
-        value @ 1..=1000 => Ok(value),
+    match setting(name, &default.to_string(), "a whole number from 1 to 10000")? {
+        value @ 1..=10_000 => Ok(value),
         value => Err(format!(
-            "{name}={value} is wrong: it has to be a whole number from 1 to 1000, such as {default}"
+            "{name}={value} is wrong: it has to be a whole number from 1 to 10000, such as {default}"
         )),
     }
 }

@@ -6,6 +6,7 @@ mod contract;
 mod guard;
 mod harness;
 mod input;
+mod load;
 mod migrations;
 mod problems;
 mod readme;

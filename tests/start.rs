@@ -46,12 +46,12 @@ fn a_bad_setting_is_named_with_its_value_and_what_would_be_right() {
         (
             "WORKERS",
             "0",
-            "WORKERS=0 is wrong: it has to be a whole number from 1 to 1000, such as ",
+            "WORKERS=0 is wrong: it has to be a whole number from 1 to 10000, such as ",
         ),
         (
             "POOL_SIZE",
             "many",
-            "POOL_SIZE=many is wrong: it has to be a whole number from 1 to 1000, such as 16",
+            "POOL_SIZE=many is wrong: it has to be a whole number from 1 to 10000, such as 16",
         ),
         (
             "POOL_WAIT_MS",
@@ -499,7 +499,7 @@ async fn a_client_that_hangs_up_leaves_nothing_behind() {
 }
 
 /// How many statements wait for a lock.
-const WAITING: &str = "select count(*) from pg_stat_activity \
+pub const WAITING: &str = "select count(*) from pg_stat_activity \
     where wait_event_type = 'Lock' and datname = current_database()";
 
 /// A request under way to listing 1, whose row the superuser has locked in a transaction that it left open.
@@ -513,7 +513,7 @@ async fn patch_that_waits(service: &Service) -> Connection {
     connection
 }
 
-async fn wait_for(service: &Service, sql: &str, expected: &str) {
+pub async fn wait_for(service: &Service, sql: &str, expected: &str) {
     let begun = Instant::now();
     let client = service.db.connect().await;
     while value(&client, sql).await != expected {

@@ -1,0 +1,223 @@
+//! Reads by id that share connections and travel together: every client gets what is its own.
+
+use std::collections::HashMap;
+use std::io::Write;
+use std::net::TcpStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use serde_json::Value;
+use tokio::runtime::Handle;
+
+use crate::harness::{Database, OTHER_COLUMNS, OTHER_VALUES, rows, run, value};
+use crate::service::{Connection, Service};
+use crate::start::{WAITING, wait_for};
+
+/// Listings 1 to 200 with some prices each; 201 to 204 around the length from which a history is read by itself, and around
+/// one and two pages of it.
+async fn fill(db: &Database) {
+    run(
+        &db.superuser,
+        &format!(
+            "insert into listing (id, price, {OTHER_COLUMNS}) select id, id, {OTHER_VALUES} from generate_series(1, 204) as id;
+            update listing set name = 'Größe ' || id || repeat('x', id);
+            insert into listing_price_log (listing_id, old_price, new_price, changed_by)
+            select listing.id, listing.id + n - 1, listing.id + n, 'test'
+            from listing, generate_series(1, case listing.id
+                when 201 then 99 when 202 then 100 when 203 then 999 when 204 then 2500 else listing.id % 8 end) as n
+            order by n;"
+        ),
+    )
+    .await;
+}
+
+/// What the database holds, as PostgreSQL itself writes it as JSON, by path.
+async fn expected(db: &Database) -> HashMap<String, Value> {
+    let sql = "select '/listings/' || id || '/prices', (
+            select json_agg(json_build_object('price_eur', trim_scale(new_price), 'created_date',
+                to_char(changed_at at time zone 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"')) order by id)
+            from listing_price_log where listing_id = listing.id)
+        from listing
+        union all
+        select '/listings/' || id, json_build_object('id', id, 'name', name, 'postal_address', json_build_object(
+                'street_address', street_address, 'postal_code', postal_code, 'city', city, 'country', country),
+            'description', description, 'building_type', building_type, 'latest_price_eur', trim_scale(price),
+            'surface_area_m2', surface_area_m2, 'rooms_count', rooms_count, 'bedrooms_count', bedrooms_count,
+            'created_date', to_char(created_date at time zone 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"'),
+            'updated_date', to_char(updated_date at time zone 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"'))
+        from listing";
+    let answers = rows(&db.superuser, sql).await;
+    let answer = |row: String| {
+        let (path, json) = row.split_once('|').expect("two columns");
+        let json = serde_json::from_str(json).expect("JSON");
+        (path.to_owned(), json)
+    };
+    answers.into_iter().map(answer).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn thousands_of_reads_at_once_get_each_what_the_database_holds() {
+    let service = Service::start().await;
+    fill(&service.db).await;
+    let expected = expected(&service.db).await;
+    let (runtime, served) = (Handle::current(), AtomicBool::new(false));
+    thread::scope(|scope| {
+        let clients: Vec<_> = (0..64_usize)
+            .map(|client| {
+                let (service, expected) = (&service, &expected);
+                scope.spawn(move || {
+                    let mut connection = service.connect();
+                    for turn in 0..64_usize {
+                        // Spread over all ids, the same in every run. 205 to 208 are nobody's.
+                        let id = (client * 7919 + turn * 104_729) % 208 + 1;
+                        let path = match turn % 8 {
+                            0 => "/listings/7/prices".to_owned(),
+                            1 => "/listings/7".to_owned(),
+                            2 | 3 => format!("/listings/{id}"),
+                            4 => format!("/listings/{}/prices", 201 + (client + turn / 8) % 4),
+                            5 => {
+                                let path = format!("/listings/{id}/prices");
+                                let mut gone =
+                                    TcpStream::connect(&service.address).expect("a connection");
+                                write!(gone, "GET {path} HTTP/1.1\r\nhost: test\r\n\r\n")
+                                    .expect("sent");
+                                path
+                            }
+                            _ => format!("/listings/{id}/prices"),
+                        };
+                        let response = connection.send("GET", &path, "", "");
+                        match expected.get(&path) {
+                            Some(expected) => assert_eq!(response.json(), *expected, "{path}"),
+                            None => assert_eq!(response.status, 404, "{path}"),
+                        }
+                    }
+                })
+            })
+            .collect();
+        let breaker = scope.spawn(|| {
+            // Meanwhile the connections that reads by id share are cut off, now and then: each read is tried once more.
+            let cut = "select pg_terminate_backend(pid) from pg_stat_activity where datname = current_database() \
+                and query ~ 'unnest\\(|id = any\\(\\$1\\)'";
+            let mut cuts = 0;
+            while !served.load(Ordering::Relaxed) {
+                cuts += runtime.block_on(rows(&service.db.superuser, cut)).len();
+                thread::sleep(Duration::from_secs(1));
+            }
+            cuts
+        });
+        let ends: Vec<_> = clients
+            .into_iter()
+            .map(thread::ScopedJoinHandle::join)
+            .collect();
+        served.store(true, Ordering::Relaxed);
+        let cuts = breaker.join().expect("the count");
+        for end in ends {
+            end.expect("a client that got its answers");
+        }
+        assert!(cuts > 0, "nothing was cut off");
+    });
+}
+
+/// A service with one worker, whose next read of a listing waits until the superuser says `commit`, and clients for more.
+async fn held_up(settings: &[(&str, &str)]) -> (Service, Connection, Vec<Connection>) {
+    let settings = [&[("WORKERS", "1")], settings].concat();
+    let service = Service::start_with(Database::migrated().await, &settings).await;
+    let mut clients: Vec<_> = (0..4).map(|_| service.connect()).collect();
+    for client in &mut clients {
+        assert_eq!(client.send("GET", "/listings/1", "", "").status, 404);
+    }
+    // So many that a read goes by the index.
+    let listings = format!(
+        "insert into listing (price, {OTHER_COLUMNS}) select id, {OTHER_VALUES} from generate_series(1, 5000) as id"
+    );
+    run(
+        &service.db.superuser,
+        &format!("{listings}; analyze listing"),
+    )
+    .await;
+    run(&service.db.superuser, "begin; lock table listing").await;
+    let mut first = service.connect();
+    first.write(b"GET /listings/1 HTTP/1.1\r\nhost: test\r\n\r\n");
+    wait_for(&service, WAITING, "1").await;
+    (service, first, clients)
+}
+
+#[tokio::test]
+async fn a_row_that_cannot_be_read_fails_only_those_who_ask_for_it() {
+    let (service, mut first, mut clients) = held_up(&[]).await;
+    let breaks = "alter table listing enable row level security; \
+        create policy breaks on listing using (1 / (id - 3) is not null)";
+    for (id, client) in (1..).zip(&mut clients) {
+        client.write(format!("GET /listings/{id} HTTP/1.1\r\nhost: test\r\n\r\n").as_bytes());
+    }
+    run(&service.db.superuser, &format!("{breaks}; commit")).await;
+    assert_eq!(first.receive("GET", "/listings/1").status, 200);
+    let statuses: Vec<_> = clients
+        .iter_mut()
+        .map(|client| client.receive("GET", "/listings/1").status)
+        .collect();
+    assert_eq!(statuses, [200, 200, 500, 200]);
+}
+
+#[tokio::test]
+async fn more_reads_than_may_wait_get_503_at_once() {
+    let (service, mut first, mut clients) = held_up(&[("READ_QUEUE", "3")]).await;
+    let mut refused = clients.pop().expect("a client");
+    for client in &mut clients {
+        client.write(b"GET /listings/2 HTTP/1.1\r\nhost: test\r\n\r\n");
+    }
+    let response = refused.send("GET", "/listings/2", "", "");
+    assert_eq!(
+        response.error(),
+        (
+            503,
+            "too many requests at the moment, try again later".to_owned()
+        )
+    );
+    assert_eq!(response.header("retry-after"), Some("1"));
+    // Prices have a queue of their own.
+    assert_eq!(
+        refused.send("GET", "/listings/1/prices", "", "").status,
+        200
+    );
+    run(&service.db.superuser, "commit").await;
+    for client in clients.iter_mut().chain([&mut first]) {
+        assert_eq!(client.receive("GET", "/listings/2").status, 200);
+    }
+}
+
+#[tokio::test]
+async fn a_long_history_is_what_a_short_one_would_be() {
+    let service = Service::start().await;
+    fill(&service.db).await;
+    let path = "/listings/204/prices";
+    let whole = service.get(path);
+    let etag = whole.header("etag").expect("an ETag").to_owned();
+    let last = value(
+        &service.db.superuser,
+        "select max(id) from listing_price_log where listing_id = 204",
+    )
+    .await;
+    assert_eq!(etag, format!("\"2501-{last}\""));
+    let known = format!("if-none-match: {etag}\r\n");
+    assert_eq!(service.send("GET", path, &known, "").status, 304);
+    let head = service.send("HEAD", path, "", "");
+    assert_eq!((head.status, head.header("etag")), (200, Some(&*etag)));
+    run(
+        &service.db.superuser,
+        "update listing set price = 0 where id = 204",
+    )
+    .await;
+    let longer = service.send("GET", path, &known, "");
+    assert_eq!(longer.json().as_array().map(Vec::len), Some(2502));
+    // With a condition, and with one that holds for none.
+    let day = service.get(&format!("{path}?from=2000-01-01T00:00:00Z"));
+    assert_eq!(day.json(), longer.json());
+    assert_eq!(
+        service
+            .get(&format!("{path}?to=2000-01-01T00:00:00Z"))
+            .text(),
+        "[]"
+    );
+}
