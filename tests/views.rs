@@ -254,3 +254,61 @@ async fn a_history_is_read_from_the_index_alone() {
     assert!(plan.contains("Heap Fetches: 0"), "{plan}");
     assert!(!plan.contains("Sort"), "{plan}");
 }
+
+#[tokio::test]
+async fn a_page_of_a_city_or_a_postal_code_passes_over_no_other_listing() {
+    let db = Database::migrated().await;
+    // The common city and the common postal code are those of the first half, which the page lies behind.
+    run(
+        &db.superuser,
+        "insert into listing (price, name, description, building_type, street_address, postal_code, city, country, \
+            surface_area_m2, rooms_count, bedrooms_count) \
+         select id, 'Loft', 'x', 'HOUSE', 'x', case when id <= 10000 then '75011' else id::text end, \
+            case when id <= 10000 then 'Paris' else 'Town ' || id / 3 end, 'FR', 1, 1, 1 \
+         from generate_series(1, 20000) as id; \
+         analyze listing",
+    )
+    .await;
+    let page = "set plan_cache_mode = force_generic_plan; \
+        prepare city (int, bigint, text) as select name from listing where id > $1 and city = $3 order by id limit $2; \
+        prepare postal_code (int, bigint, text) as \
+            select name from listing where id > $1 and postal_code = $3 order by id limit $2";
+    run(&db.superuser, page).await;
+    for (filter, index, common, rare) in [
+        ("city", "listing_city_id_idx", "Paris", "Town 6000"),
+        (
+            "postal_code",
+            "listing_postal_code_id_idx",
+            "75011",
+            "19999",
+        ),
+    ] {
+        for (after, value) in [
+            (0, common),
+            (9990, common),
+            (10000, common),
+            (0, rare),
+            (0, "Nowhere"),
+        ] {
+            let explain = "explain (analyze, costs off, timing off)";
+            let execute = format!("{explain} execute {filter} ({after}, 101, '{value}')");
+            let plan = rows(&db.superuser, &execute).await.join("\n");
+            let by_index = plan.contains(&format!("Index Scan using {index}"));
+            let passed_over = plan.contains("Removed by Filter") || plan.contains("Sort");
+            assert!(by_index && !passed_over, "{plan}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_change_of_a_price_touches_no_index_of_the_listing() {
+    let db = Database::migrated().await;
+    run(&db.superuser, &insert_listing(1, "1")).await;
+    run(
+        &db.superuser,
+        "begin; update listing set price = 2, updated_date = now()",
+    )
+    .await;
+    let hot = "select pg_stat_get_xact_tuples_hot_updated('listing'::regclass)";
+    assert_eq!(value(&db.superuser, hot).await, "1");
+}
