@@ -35,7 +35,9 @@ test: $(REFINERY) ## Run every test, each on a database of its own
 	@url=$$(tests/db.sh up) && DATABASE_URL=$$url REFINERY="$(CURDIR)/$(REFINERY)" cargo test --locked
 
 .PHONY: bench
-bench: $(REFINERY) ## Measure what the price history costs
+bench: $(REFINERY) ## Measure how fast the service is, and what the price history costs
+	@cargo build --release --locked
+	@REFINERY="$(CURDIR)/$(REFINERY)" benches/speed.sh
 	@url=$$(tests/db.sh up) && DATABASE_URL=$$url REFINERY="$(CURDIR)/$(REFINERY)" benches/trigger_cost.sh
 
 .PHONY: fuzz
@@ -64,8 +66,9 @@ fmt: ## Format the Rust
 	@cargo fmt
 
 .PHONY: clean
-clean: ## Stop and remove the private PostgreSQL
+clean: ## Stop and remove the private PostgreSQL, and that of the benchmark
 	@tests/db.sh down
+	@PG_HOME="$(CURDIR)/.postgres-bench" tests/db.sh down
 
 # Each tool lands in a folder that carries its version, so that another version here is another folder there.
 $(REFINERY):

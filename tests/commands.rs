@@ -6,7 +6,7 @@ use std::process::Command;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use crate::harness::{Cluster, in_checkout, printed, rows, run, succeed};
+use crate::harness::{Cluster, in_checkout, printed, rows, run, succeed, value};
 
 #[tokio::test]
 async fn the_private_cluster_is_made_once_and_outlives_its_sessions() {
@@ -154,4 +154,18 @@ fn two_calls_at_once_make_one_cluster() {
     let [first, second, third] = calls.map(|call| call.join().expect("a URL"));
     succeed(Cluster::script(folder.path(), "down"), "");
     assert!(!first.is_empty() && first == second && second == third);
+}
+
+#[tokio::test]
+async fn a_stopped_database_is_started_with_its_data_and_other_settings() {
+    let cluster = Cluster::start();
+    run(&cluster.superuser().await, "create table kept ()").await;
+    succeed(Cluster::script(cluster.folder.path(), "stop"), "");
+    assert!(cluster.config.connect(tokio_postgres::NoTls).await.is_err());
+    let mut up = Cluster::script(cluster.folder.path(), "up");
+    up.env("PG_SETTINGS", "-c work_mem=7MB");
+    assert_eq!(succeed(up, "").trim_end(), cluster.url);
+    let client = cluster.superuser().await;
+    assert_eq!(value(&client, "show work_mem").await, "7MB");
+    assert_eq!(value(&client, "select count(*) from kept").await, "0");
 }

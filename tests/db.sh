@@ -4,12 +4,14 @@
 #   tests/db.sh up               start it where it does not run yet, and print its DATABASE_URL
 #   tests/db.sh login            make its role listing_service, a member of listing_api and nothing else, and print its URL
 #   tests/db.sh run PROGRAM ...  run one of its programs: psql, pg_dump, pgbench
+#   tests/db.sh stop             stop it
 #   tests/db.sh down             stop and remove it
 #
-# Where DATABASE_URL is set, `up` prints that and starts nothing. PG_BIN names the folder of the server programs to use.
+# Where DATABASE_URL is set, `up` prints that and starts nothing. PG_BIN names the folder of the server programs to use,
+# PG_HOME another folder for the cluster, PG_SETTINGS more options of the server.
 set -eu
 checkout=$(cd "$(dirname "$0")/.." && pwd)
-home=$checkout/.postgres
+home=${PG_HOME:-$checkout/.postgres}
 
 say() { echo "db: $*" >&2; }
 fail() { say "$*"; exit 1; }
@@ -92,7 +94,7 @@ create() {
 start() {
     for _ in 1 2 3 4 5; do
         if as_server "$server/pg_ctl" --pgdata="$reach/data" --wait --log="$reach/server.log" \
-            --options="-p $(cat "$home/port")" start >/dev/null 2>&1
+            --options="-p $(cat "$home/port") ${PG_SETTINGS:-}" start >/dev/null 2>&1
         then
             return
         fi
@@ -101,7 +103,7 @@ start() {
         choose_port
     done
     tail -n 20 "$home/server.log" >&2
-    fail "PostgreSQL did not start: its last words are above, all of them in .postgres/server.log"
+    fail "PostgreSQL did not start: its last words are above, all of them in $home/server.log"
 }
 
 is_running() {
@@ -112,7 +114,7 @@ is_running() {
 lock() {
     waited=0
     until mkdir "$home.lock" 2>/dev/null; do
-        [ $waited -lt 600 ] || fail "another call has held .postgres.lock for a minute: remove it if that one is gone"
+        [ $waited -lt 600 ] || fail "another call has held $home.lock for a minute: remove it if that one is gone"
         waited=$((waited + 1))
         sleep 0.1
     done
@@ -124,7 +126,7 @@ up() {
     if [ -n "${DATABASE_URL:-}" ]; then echo "$DATABASE_URL"; return; fi
     [ -z "${PG_BIN:-}" ] || is_server "$PG_BIN" || fail "PG_BIN=$PG_BIN holds no PostgreSQL server, 15 or later"
     lock
-    if [ ! -f "$home/server" ]; then say "making a private PostgreSQL in .postgres"; create; fi
+    if [ ! -f "$home/server" ]; then say "making a private PostgreSQL in ${home#"$checkout/"}"; create; fi
     server=$(cat "$home/server")
     if [ "$server" = docker ]; then
         compose up --detach --wait db >&2
@@ -132,7 +134,7 @@ up() {
         made_by=$(cat "$home/data/PG_VERSION")
         server=${PG_BIN:-$server}
         [ "$(major_version "$server")" = "$made_by" ] ||
-            fail "the cluster in .postgres was made by PostgreSQL $made_by, not by the one in $server: make clean removes it"
+            fail "the cluster in $home was made by PostgreSQL $made_by, not by the one in $server: make clean removes it"
         is_running || start
     fi
     echo "postgres://postgres:$(cat "$home/password")@127.0.0.1:$(cat "$home/port")/listing"
@@ -161,16 +163,20 @@ run() {
     fi
 }
 
-down() {
-    if [ -f "$home/server" ]; then
-        server=$(cat "$home/server")
-        if [ "$server" = docker ]; then
-            compose down --volumes >&2
-        elif is_running; then
-            as_server "$server/pg_ctl" --pgdata="$reach/data" --mode=immediate --timeout=15 stop >/dev/null ||
-                say "process $(head -n 1 "$home/data/postmaster.pid") did not end"
-        fi
+# How: as pg_ctl says it, and compose.
+stop() {
+    [ -f "$home/server" ] || return 0
+    server=$(cat "$home/server")
+    if [ "$server" = docker ]; then
+        compose "$2" "$3" >&2
+    elif is_running; then
+        as_server "$server/pg_ctl" --pgdata="$reach/data" --mode="$1" --timeout=60 stop >/dev/null ||
+            say "process $(head -n 1 "$home/data/postmaster.pid") did not end"
     fi
+}
+
+down() {
+    stop immediate down --volumes
     rm -rf "$home"
 }
 
@@ -178,6 +184,7 @@ case ${1:-} in
     up) up ;;
     login) login ;;
     run) shift; run "$@" ;;
+    stop) stop fast stop db ;;
     down) down ;;
     *) sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
 esac

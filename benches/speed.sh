@@ -1,0 +1,181 @@
+#!/bin/sh
+# How fast the service is: requests a second, and as a ratio to what pgbench gets from the same statements, in turns with it in
+# the same run. PostgreSQL, service and load share the machine. Run it by `make bench`, which sets the variables.
+#
+# PostgreSQL runs in .postgres-bench with the settings below and its defaults. The data stay there for the next run.
+set -eu
+rounds=${ROUNDS:-5}
+seconds=${SECONDS_EACH:-4}
+result=target/speed.md
+export PG_HOME="$PWD/.postgres-bench"
+export PG_SETTINGS='-c shared_buffers=1GB -c max_wal_size=8GB -c checkpoint_timeout=30min -c max_connections=300'
+unset DATABASE_URL
+
+say() { echo "bench: $*" >&2; }
+for program in wrk curl perl; do
+    command -v $program >/dev/null || { say "$program is missing: apt-get install wrk curl perl"; exit 1; }
+done
+
+db() { program=$1; shift; tests/db.sh run "$program" "$@"; }
+sql() { db psql --no-psqlrc --quiet --tuples-only --no-align --set=ON_ERROR_STOP=1 "$@"; }
+median() { sort -n | awk '{ value[NR] = $1 } END { print value[int((NR + 1) / 2)] }'; }
+now() { perl -MTime::HiRes=time -e 'print time'; }
+cores=$(nproc 2>/dev/null || sysctl -n hw.ncpu)
+
+scratch=$(mktemp -d)
+service=
+stop_service() {
+    [ -z "$service" ] || { kill "$service" && wait "$service"; } || true
+    service=
+}
+trap 'stop_service; tests/db.sh stop; rm -r "$scratch"' EXIT
+trap 'exit 130' INT TERM
+
+# The data: ten prices each, by the triggers. A third of the listings is in one city, the others are in 700 towns. The last
+# 100,000, which are written to, are alike but for id and price.
+data=$(tests/db.sh up)
+server=${data%/listing}
+if [ "$(sql "$data" -c "select to_regclass('bench_data_are_complete') is not null")" != t ]; then
+    say 'making 500,000 listings with ten prices each: two minutes, once'
+    sql "$server/postgres" -c 'drop database listing with (force)' -c 'create database listing'
+    DATABASE_URL=$data "$REFINERY" migrate -e DATABASE_URL -p sql -g -d -m >/dev/null
+    sql "$data" -c "
+        insert into listing (price, name, description, building_type, street_address, postal_code, city, country,
+            surface_area_m2, rooms_count, bedrooms_count, contact_phone_number)
+        select 109000 + n, case when n > 400000 then 'Loft' else 'Listing ' || n end, repeat('Nice. ', 40),
+            case when n > 400000 then 'HOUSE' else (array['STUDIO', 'APARTMENT', 'HOUSE'])[1 + n % 3] end, '1 rue Oberkampf',
+            case when n > 400000 then '75011' else lpad((n % 7919)::text, 5, '0') end,
+            case when n > 400000 or n % 3 = 0 then 'Paris' else 'Town ' || floor(sqrt(n)) end, 'FR', 42.5, 2, 1, '+33123456789'
+        from generate_series(1, 500000) as n"
+    for step in 1 2 3 4 5 6 7 8 9; do
+        say "price $((step + 1)) of 10"
+        sql "$data" -c 'vacuum listing' -c 'update listing set price = price - 1000'
+    done
+    sql "$data" -c 'create table bench_data_are_complete ()' -c 'vacuum (freeze, analyze)'
+fi
+DATABASE_URL=$data "$REFINERY" migrate -e DATABASE_URL -p sql -g -d -m >/dev/null
+say 'copying the data'
+bench=$server/listing_bench
+sql "$server/postgres" -c 'set client_min_messages = error' -c 'drop database if exists listing_bench with (force)' \
+    -c 'create database listing_bench template listing strategy file_copy' -c checkpoint
+
+api=http://127.0.0.1:18080
+login=$(tests/db.sh login)
+before=$(now)
+DATABASE_URL=${login%/listing}/listing_bench LISTEN_ADDR=${api#http://} ADMIN_ADDR=127.0.0.1:0 target/release/listing-api \
+    2>"$scratch/log" &
+service=$!
+until curl --silent --fail --output /dev/null $api/listings/1; do
+    kill -0 $service 2>/dev/null || { cat "$scratch/log" >&2; service=; exit 1; }
+done
+start=$(echo "$(now) $before" | awk '{ printf "%.0f", ($1 - $2) * 1000 }')
+
+columns='id, name, street_address, postal_code, city, country, description, building_type, price, surface_area_m2, rooms_count,
+    bedrooms_count, contact_phone_number, created_date, updated_date, xmin::text as version'
+update="update public.listing set name = coalesce(:name, name), street_address = coalesce(:street_address, street_address),
+    postal_code = coalesce(:postal_code, postal_code), city = coalesce(:city, city), country = coalesce(:country, country),
+    description = coalesce(:description, description), building_type = coalesce(:building_type, building_type),
+    price = coalesce(:price, price), surface_area_m2 = coalesce(:surface_area_m2, surface_area_m2),
+    rooms_count = coalesce(:rooms_count, rooms_count), bedrooms_count = coalesce(:bedrooms_count, bedrooms_count),
+    contact_phone_number = case when :has_phone then :contact_phone_number else contact_phone_number end,
+    updated_date = now()
+    where id = :id and (:any_version or xmin::text = any(:versions)) returning $columns"
+
+# The transaction of pgbench that is the same as a request of benches/speed.lua.
+transaction() {
+    case $1 in
+        history) echo '\set id random(1, 500000)'
+            echo 'select id, new_price, changed_at from public.listing_price_log where listing_id = :id order by id' ;;
+        listing) echo '\set id random(1, 500000)'; echo "select $columns from public.listing where id = :id" ;;
+        hot) echo '\set id 4711'; echo "select $columns from public.listing where id = :id" ;;
+        unknown) echo '\set id random(500000001, 500500000)'; echo "select $columns from public.listing where id = :id" ;;
+        common) echo '\set after random(1, 400000)'
+            echo "select $columns from public.listing where id > :after and city = :city order by id limit 101" ;;
+        rare) echo '\set town random(1, 600)'
+            echo "select $columns from public.listing where id > 0 and city = 'Town ' || :town order by id limit 101" ;;
+        keep) echo '\set id random(400001, 500000)'; echo '\set price 100000 + :id'; echo "$update" ;;
+        reprice) echo '\set id random(400001, 500000)'; echo '\set price random(1000000, 9000000)'; echo "$update" ;;
+        create) echo '\set price random(1, 1000000)'
+            echo "insert into public.listing (name, street_address, postal_code, city, country, description, building_type,
+                price, surface_area_m2, rooms_count, bedrooms_count, contact_phone_number)
+                values (:name, :street_address, :postal_code, :city, :country, :description, :building_type, :price,
+                :surface_area_m2, :rooms_count, :bedrooms_count, :contact_phone_number) returning $columns" ;;
+    esac
+}
+
+# one KIND CLIENTS PROGRAM: one turn. Prints requests a second, and of the service the latencies.
+one() {
+    threads=$(($2 < cores ? $2 : cores))
+    if [ "$3" = pgbench ]; then
+        transaction "$1" > "$scratch/transaction.sql"
+        PGOPTIONS='-c plan_cache_mode=force_generic_plan' db pgbench --no-vacuum --protocol=prepared --client="$2" \
+            --jobs=$threads --time="$seconds" --file="$scratch/transaction.sql" \
+            --define=name=Loft --define='street_address=1 rue Oberkampf' --define=postal_code=75011 --define=city=Paris \
+            --define=country=FR --define="description=$(printf 'Nice. %.0s' $(seq 40))" --define=building_type=HOUSE \
+            --define=surface_area_m2=42.5 --define=rooms_count=2 --define=bedrooms_count=1 --define=has_phone=true \
+            --define=contact_phone_number=+33123456789 --define=any_version=true --define='versions={}' \
+            "$bench" 2>"$scratch/errors" | sed -n 's/^tps = \([0-9]*\).*/\1/p' | grep . || { cat "$scratch/errors" >&2; exit 1; }
+    else
+        wrk --threads=$threads --connections="$2" --duration="${seconds}s" --script=benches/speed.lua $api -- "$1" \
+            > "$scratch/wrk"
+        awk -v kind="$1" '$1 == "result" { if ($5 > 0 && kind != "unknown") exit 1; print $2, $3, $4 }' "$scratch/wrk" ||
+            { cat "$scratch/wrk" "$scratch/log" | tail -n 20 >&2; exit 1; }
+    fi
+}
+
+# row LABEL KIND CLIENTS: the medians of both, and the median of the ratios of each round.
+row() {
+    : > "$scratch/rounds"
+    for round in $(seq "$rounds"); do
+        case $2 in keep | reprice | create) sql "$bench" -c 'vacuum listing' -c checkpoint ;; esac
+        if [ $((round % 2)) = 1 ]; then
+            theirs=$(one "$2" "$3" pgbench)
+            ours=$(one "$2" "$3" wrk)
+        else
+            ours=$(one "$2" "$3" wrk)
+            theirs=$(one "$2" "$3" pgbench)
+        fi
+        echo "$theirs $ours" >> "$scratch/rounds"
+    done
+    column() { awk "{ print $1 }" "$scratch/rounds" | median; }
+    printf '| %-42s | %6.0f | %6.0f | %5.2f | %6.2f | %6.2f |\n' "$1, $3 at once" "$(column '$1')" "$(column '$2')" \
+        "$(column '$2 / $1')" "$(column '$3 / 1000')" "$(column '$4 / 1000')" | tee -a $result
+}
+
+say 'warming up'
+one history 32 pgbench >/dev/null
+one listing 32 pgbench >/dev/null
+one history 32 wrk >/dev/null
+one listing 32 wrk >/dev/null
+echo "PostgreSQL $(sql "$bench" -c 'show server_version') with $(echo "$PG_SETTINGS" | sed 's/-c //g'); $cores cores;
+500,000 listings, 5 million prices; medians of $rounds rounds of $seconds s." | tee $result
+{
+    echo
+    echo "| $(printf %-42s 'a second') | pgbench | service | ratio | median ms | 99 % ms |"
+    echo '|---|---:|---:|---:|---:|---:|'
+} | tee -a $result
+for clients in 1 32 128; do row 'a history' history $clients; done
+for clients in 1 32 128; do row 'a listing' listing $clients; done
+row 'always the same listing' hot 32
+row 'a listing that is not there' unknown 32
+row 'a page of 100 of a common city' common 32
+row 'a page of 100 of a rare city' rare 32
+row 'PUT with the same price' keep 32
+row 'PUT with a new price' reprice 32
+row 'POST' create 32
+
+: > "$scratch/rounds"
+for round in $(seq "$rounds"); do
+    before=$(now)
+    bytes=$(sql "$bench" -c "copy (select $columns from public.listing order by id) to stdout" | wc -c)
+    theirs=$(echo "$(now) $before $bytes" | awk '{ print $3 / ($1 - $2) / 1000000 }')
+    ours=$(curl --silent --fail --output /dev/null --write-out '%{speed_download}' $api/listings)
+    echo "$theirs $ours" | awk '{ print $1, $2 / 1000000, $2 / 1000000 / $1 }' >> "$scratch/rounds"
+done
+column() { awk "{ print $1 }" "$scratch/rounds" | median; }
+{
+    echo
+    echo "The list of all listings: $(column '$2' | cut -c1-5) MB/s, \`copy\` by psql $(column '$1' | cut -c1-5) MB/s, ratio $(column '$3' | cut -c1-4)."
+    echo "Memory at the end: $(ps -o rss= -p $service | awk '{ printf "%.0f", $1 / 1024 }') MB. Start to first answer: $start ms." \
+        "Binary: $(wc -c < target/release/listing-api | awk '{ printf "%.1f", $1 / 1048576 }') MB."
+} | tee -a $result
