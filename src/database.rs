@@ -3,11 +3,13 @@
 use std::time::Duration;
 
 use actix_web::rt;
-use deadpool_postgres::{Manager, ManagerConfig, Object, Pool, RecyclingMethod, Runtime};
+use deadpool_postgres::{Connect, Manager, ManagerConfig, Object, Pool, RecyclingMethod, Runtime};
+use futures_util::future::BoxFuture;
 use refinery::embed_migrations;
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 use rustls::{ClientConfig, RootCertStore};
+use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, Config, Row};
@@ -53,7 +55,8 @@ impl Database {
         let recycling = ManagerConfig {
             recycling_method: RecyclingMethod::Fast,
         };
-        let manager = Manager::from_config(config.clone(), tls.clone(), recycling);
+        let connector = Connector { tls: tls.clone() };
+        let manager = Manager::from_connect(config.clone(), connector, recycling);
         let pool = Pool::builder(manager)
             .max_size(pool_size)
             .wait_timeout(Some(settings.pool_wait))
@@ -78,18 +81,12 @@ impl Database {
 
     /// A connection outside the pool. TLS and authentication count against the limit too.
     pub async fn connect(&self) -> Result<Client, ApiError> {
-        let connecting = timeout(self.connect_timeout, self.config.connect(self.tls.clone())).await;
-        let (client, connection) = connecting
-            .map_err(|_| ApiError::unavailable("no connection to the database within the limit"))?
-            .map_err(|error| ApiError::unavailable(describe(&error)))?;
-        // On the tasks of this thread, where a message costs no detour.
-        rt::spawn(async move {
-            // The requests that this concerns get the error too, and report it.
-            if let Err(error) = connection.await {
-                log::debug!("a database connection ended: {}", describe(&error));
-            }
+        let connecting = connect(self.config.clone(), self.tls.clone());
+        let connected = self.connected_within_limit(async {
+            let unreachable = |error| ApiError::unavailable(describe(&error));
+            connecting.await.map_err(unreachable)
         });
-        Ok(client)
+        Ok(connected.await?.0)
     }
 
     /// Waits for a connection that is ready for use no longer than making one may take.
@@ -201,6 +198,34 @@ impl Database {
         }
         Ok(())
     }
+}
+
+/// How the pool connects.
+struct Connector {
+    tls: MakeRustlsConnect,
+}
+
+impl Connect for Connector {
+    fn connect(&self, config: &Config) -> Connecting {
+        connect(config.clone(), self.tls.clone())
+    }
+}
+
+type Connecting = BoxFuture<'static, Result<(Client, JoinHandle<()>), tokio_postgres::Error>>;
+
+/// Connects, and carries the messages of the connection among the tasks of the worker, where they cost no detour. Boxed,
+/// because it is large and rare, and would lie within every request.
+fn connect(config: Config, tls: MakeRustlsConnect) -> Connecting {
+    Box::pin(async move {
+        let (client, connection) = config.connect(tls).await?;
+        let task = rt::spawn(async move {
+            // The requests that this concerns get the error too, and report it.
+            if let Err(error) = connection.await {
+                log::debug!("a database connection ended: {}", describe(&error));
+            }
+        });
+        Ok((client, task))
+    })
 }
 
 /// A pooled connection with a statement under way. Dropped before it is given back, because the request was dropped or went
