@@ -35,7 +35,11 @@ pub struct Database {
 impl Database {
     /// Prepares the way without connecting yet. A connection lives on the thread that made it, and ends with it: every thread
     /// has a way of its own.
-    pub fn new(settings: &Settings, pool_size: usize) -> Result<Self, String> {
+    pub fn new(
+        settings: &Settings,
+        tls: &MakeRustlsConnect,
+        pool_size: usize,
+    ) -> Result<Self, String> {
         let mut config = settings.database.clone();
         // One plan for all values of a statement: it uses the index of a filter also where statistics make another way look
         // shorter, and no short batch of ids is worth a plan of its own.
@@ -51,7 +55,6 @@ impl Database {
             .application_name("listing-api")
             .connect_timeout(settings.connect_timeout)
             .keepalives_idle(Duration::from_secs(30));
-        let tls = MakeRustlsConnect::new(tls(settings)?);
         let recycling = ManagerConfig {
             recycling_method: RecyclingMethod::Fast,
         };
@@ -68,7 +71,7 @@ impl Database {
         let answer_timeout = settings.statement_timeout + Duration::from_secs(1);
         Ok(Self {
             config,
-            tls,
+            tls: tls.clone(),
             pool,
             connect_timeout: settings.connect_timeout,
             answer_timeout,
@@ -262,8 +265,9 @@ impl Drop for Busy<'_> {
     }
 }
 
-/// TLS that verifies the chain and the name: against a private authority where one is set, else those of the system.
-fn tls(settings: &Settings) -> Result<ClientConfig, String> {
+/// TLS that verifies the chain and the name: against a private authority where one is set, else those of the system. Reading
+/// these takes some milliseconds, so it is made once for all.
+pub fn tls(settings: &Settings) -> Result<MakeRustlsConnect, String> {
     let mut roots = RootCertStore::empty();
     if let Some(file) = &settings.ca_file {
         let wrong = |error| format!("DATABASE_CA_FILE={}: {error}", file.display());
@@ -287,5 +291,6 @@ fn tls(settings: &Settings) -> Result<ClientConfig, String> {
     let builder = builder
         .with_safe_default_protocol_versions()
         .map_err(|error| describe(&error))?;
-    Ok(builder.with_root_certificates(roots).with_no_client_auth())
+    let config = builder.with_root_certificates(roots).with_no_client_auth();
+    Ok(MakeRustlsConnect::new(config))
 }

@@ -16,7 +16,7 @@ use actix_web::{App, HttpServer, rt};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::admin::{self, Stopping};
-use crate::database::Database;
+use crate::database::{Database, tls};
 use crate::edge::edge;
 use crate::error::describe;
 use crate::json::TRICKLE_LIMIT;
@@ -30,7 +30,8 @@ use crate::wire::Wire;
 #[expect(clippy::missing_errors_doc, reason = "the sentence above says it")]
 pub async fn run(check_only: bool) -> Result<(), String> {
     let settings = Data::new(Settings::from_env()?);
-    let database = Data::new(Database::new(&settings, 1)?);
+    let tls = tls(&settings)?;
+    let database = Data::new(Database::new(&settings, &tls, 1)?);
     database.check_schema().await?;
     if check_only {
         println!("settings, database and schema are as they should be");
@@ -41,7 +42,7 @@ pub async fn run(check_only: bool) -> Result<(), String> {
     let (admin_listener, admin_listen) = bind("ADMIN_ADDR", settings.admin)?;
     let shutdown_delay = settings.shutdown_delay;
     let pool_size = settings.pool_size.div_ceil(settings.workers);
-    let databases = (0..settings.workers).map(|_| Database::new(&settings, pool_size));
+    let databases = (0..settings.workers).map(|_| Database::new(&settings, &tls, pool_size));
     let databases = databases.collect::<Result<Vec<_>, _>>()?;
     let metrics = Metrics::new(databases.clone()).map_err(|error| describe(&error))?;
     let metrics = Data::new(metrics);
