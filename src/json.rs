@@ -12,7 +12,7 @@ use bytes::{Bytes, BytesMut};
 use chrono::{DateTime, Datelike, Timelike, Utc};
 use futures_util::StreamExt;
 use serde::de::{Deserializer, MapAccess, Visitor};
-use serde::{Deserialize, Serialize, Serializer};
+use serde::{Deserialize, Serialize, Serializer, ser};
 use serde_json::value::RawValue;
 use tokio::time::timeout;
 use tokio_postgres::types::{FromSql, Type, accepts};
@@ -299,23 +299,25 @@ impl Serialize for Moment {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let (date, time) = (self.0.date_naive(), self.0.time());
         // Digit by digit, because every answer holds moments and the formatting of chrono would be half of its cost.
-        let mut text = String::with_capacity(27);
+        let mut text = [0; 27];
+        let mut rest = text.iter_mut();
+        let mut push = |byte| rest.next().map(|place| *place = byte);
         for (number, mut place, end) in [
-            (date.year().unsigned_abs(), 1000, '-'),
-            (date.month(), 10, '-'),
-            (date.day(), 10, 'T'),
-            (time.hour(), 10, ':'),
-            (time.minute(), 10, ':'),
-            (time.second(), 10, '.'),
-            (time.nanosecond() / 1000, 100_000, 'Z'),
+            (date.year().unsigned_abs(), 1000, b'-'),
+            (date.month(), 10, b'-'),
+            (date.day(), 10, b'T'),
+            (time.hour(), 10, b':'),
+            (time.minute(), 10, b':'),
+            (time.second(), 10, b'.'),
+            (time.nanosecond() / 1000, 100_000, b'Z'),
         ] {
             while place > 0 {
-                text.extend(char::from_digit(number / place % 10, 10));
+                push(b'0' + u8::try_from(number / place % 10).unwrap_or_default());
                 place /= 10;
             }
-            text.push(end);
+            push(end);
         }
-        serializer.serialize_str(&text)
+        serializer.serialize_str(std::str::from_utf8(&text).map_err(ser::Error::custom)?)
     }
 }
 

@@ -1,9 +1,7 @@
 //! Reads by id that share connections and travel together: every client gets what is its own.
 
 use std::collections::HashMap;
-use std::io::Write;
-use std::net::TcpStream;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -61,14 +59,16 @@ async fn thousands_of_reads_at_once_get_each_what_the_database_holds() {
     let service = Service::start().await;
     fill(&service.db).await;
     let expected = expected(&service.db).await;
-    let (runtime, served) = (Handle::current(), AtomicBool::new(false));
+    let (runtime, cuts) = (Handle::current(), AtomicUsize::new(0));
     thread::scope(|scope| {
         let clients: Vec<_> = (0..64_usize)
             .map(|client| {
-                let (service, expected) = (&service, &expected);
+                let (service, expected, cuts) = (&service, &expected, &cuts);
                 scope.spawn(move || {
                     let mut connection = service.connect();
-                    for turn in 0..64_usize {
+                    for turn in (0_usize..).take_while(|turn| {
+                        *turn < 64 || *turn < 1000 && cuts.load(Ordering::Relaxed) < 3
+                    }) {
                         // Spread over all ids, the same in every run. 205 to 208 are nobody's.
                         let id = (client * 7919 + turn * 104_729) % 208 + 1;
                         let path = match turn % 8 {
@@ -76,17 +76,23 @@ async fn thousands_of_reads_at_once_get_each_what_the_database_holds() {
                             1 => "/listings/7".to_owned(),
                             2 | 3 => format!("/listings/{id}"),
                             4 => format!("/listings/{}/prices", 201 + (client + turn / 8) % 4),
-                            5 => {
-                                let path = format!("/listings/{id}/prices");
-                                let mut gone =
-                                    TcpStream::connect(&service.address).expect("a connection");
-                                write!(gone, "GET {path} HTTP/1.1\r\nhost: test\r\n\r\n")
-                                    .expect("sent");
-                                path
-                            }
                             _ => format!("/listings/{id}/prices"),
                         };
-                        let response = connection.send("GET", &path, "", "");
+                        // Another client asks for the same, and hangs up while it is worked on.
+                        let gone = (turn % 8 == 5).then(|| {
+                            let mut gone = service.connect();
+                            gone.write(
+                                format!("GET {path} HTTP/1.1\r\nhost: test\r\n\r\n").as_bytes(),
+                            );
+                            gone
+                        });
+                        connection
+                            .write(format!("GET {path} HTTP/1.1\r\nhost: test\r\n\r\n").as_bytes());
+                        if gone.is_some() {
+                            thread::sleep(Duration::from_micros(turn as u64 * 20));
+                            drop(gone);
+                        }
+                        let response = connection.receive("GET", &path);
                         match expected.get(&path) {
                             Some(expected) => assert_eq!(response.json(), *expected, "{path}"),
                             None => assert_eq!(response.status, 404, "{path}"),
@@ -95,27 +101,24 @@ async fn thousands_of_reads_at_once_get_each_what_the_database_holds() {
                 })
             })
             .collect();
+        // Meanwhile the connections that they share are cut off, now and then: each read is tried once more.
+        let cut = "select pg_terminate_backend(pid) from pg_stat_activity where datname = current_database() \
+            and query ~ 'unnest\\(|id = any\\(\\$1\\)'";
         let breaker = scope.spawn(|| {
-            // Meanwhile the connections that reads by id share are cut off, now and then: each read is tried once more.
-            let cut = "select pg_terminate_backend(pid) from pg_stat_activity where datname = current_database() \
-                and query ~ 'unnest\\(|id = any\\(\\$1\\)'";
-            let mut cuts = 0;
-            while !served.load(Ordering::Relaxed) {
-                cuts += runtime.block_on(rows(&service.db.superuser, cut)).len();
+            for _ in 0..3 {
                 thread::sleep(Duration::from_secs(1));
+                assert!(
+                    !runtime
+                        .block_on(rows(&service.db.superuser, cut))
+                        .is_empty()
+                );
+                cuts.fetch_add(1, Ordering::Relaxed);
             }
-            cuts
         });
-        let ends: Vec<_> = clients
-            .into_iter()
-            .map(thread::ScopedJoinHandle::join)
-            .collect();
-        served.store(true, Ordering::Relaxed);
-        let cuts = breaker.join().expect("the count");
-        for end in ends {
-            end.expect("a client that got its answers");
+        for client in clients {
+            client.join().expect("a client that got its answers");
         }
-        assert!(cuts > 0, "nothing was cut off");
+        breaker.join().expect("three cuts");
     });
 }
 
@@ -151,6 +154,8 @@ async fn a_row_that_cannot_be_read_fails_only_those_who_ask_for_it() {
     for (id, client) in (1..).zip(&mut clients) {
         client.write(format!("GET /listings/{id} HTTP/1.1\r\nhost: test\r\n\r\n").as_bytes());
     }
+    // The one worker answers this behind all that was sent before.
+    service.get("/listings/none");
     run(&service.db.superuser, &format!("{breaks}; commit")).await;
     assert_eq!(first.receive("GET", "/listings/1").status, 200);
     let statuses: Vec<_> = clients
@@ -185,6 +190,23 @@ async fn more_reads_than_may_wait_get_503_at_once() {
     for client in clients.iter_mut().chain([&mut first]) {
         assert_eq!(client.receive("GET", "/listings/2").status, 200);
     }
+}
+
+#[tokio::test]
+async fn those_who_hang_up_leave_their_place_to_others() {
+    let (service, first, mut clients) = held_up(&[("READ_QUEUE", "3")]).await;
+    let mut patient = clients.pop().expect("a client");
+    for client in &mut clients {
+        client.write(b"GET /listings/2 HTTP/1.1\r\nhost: test\r\n\r\n");
+    }
+    service.get("/listings/none");
+    // One whose read is under way, and three who wait.
+    drop((first, clients));
+    service.get("/listings/none");
+    patient.write(b"GET /listings/3 HTTP/1.1\r\nhost: test\r\n\r\n");
+    service.get("/listings/none");
+    run(&service.db.superuser, "commit").await;
+    assert_eq!(patient.receive("GET", "/listings/3").json()["id"], 3);
 }
 
 #[tokio::test]
