@@ -200,10 +200,12 @@ async fn those_who_hang_up_leave_their_place_to_others() {
         client.write(b"GET /listings/2 HTTP/1.1\r\nhost: test\r\n\r\n");
     }
     service.get("/listings/none");
-    // One whose read is under way, and three who wait.
-    drop((first, clients));
+    // All who wait, then also the one whose read is under way.
+    drop(clients);
     service.get("/listings/none");
     patient.write(b"GET /listings/3 HTTP/1.1\r\nhost: test\r\n\r\n");
+    service.get("/listings/none");
+    drop(first);
     service.get("/listings/none");
     run(&service.db.superuser, "commit").await;
     assert_eq!(patient.receive("GET", "/listings/3").json()["id"], 3);
