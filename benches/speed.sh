@@ -5,7 +5,7 @@
 # PostgreSQL runs in .postgres-bench with the settings below and its defaults. The data stay there for the next run.
 set -eu
 rounds=${ROUNDS:-5}
-seconds=${SECONDS_EACH:-4}
+seconds=${SECONDS_EACH:-3}
 result=target/speed.md
 export PG_HOME="$PWD/.postgres-bench"
 export PG_SETTINGS='-c shared_buffers=1GB -c max_wal_size=8GB -c checkpoint_timeout=30min -c max_connections=300'
