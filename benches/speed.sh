@@ -1,6 +1,7 @@
 #!/bin/sh
 # How fast the service is: requests a second, and as a ratio to what pgbench gets from the plain statement for the same thing,
-# in turns with it in the same run. PostgreSQL, service and load share the machine. Run it by `make bench`, which sets the variables.
+# in turns with it in the same run. PostgreSQL, service and load share the machine. Run it by `make bench`, which sets the
+# variables.
 #
 # PostgreSQL runs in .postgres-bench with the settings below and its defaults. The data stay there for the next run.
 set -eu
@@ -62,7 +63,7 @@ sql "$server/postgres" -c 'set client_min_messages = error' -c 'drop database if
 
 api=http://127.0.0.1:18080
 login=$(tests/db.sh login)
-for round in $(seq 9); do
+for _ in $(seq 9); do
     stop_service
     before=$(now)
     DATABASE_URL=${login%/listing}/listing_bench LISTEN_ADDR=${api#http://} ADMIN_ADDR=127.0.0.1:0 target/release/listing-api \

@@ -37,7 +37,7 @@ pub const SELECT_BATCH: &str = "select listing_id, price.* from unnest($1::integ
     cross join lateral (select id, new_price, changed_at from public.listing_price_log as log \
         where log.listing_id = wanted.listing_id order by id limit 101) as price";
 
-/// A history longer than this is read by itself, page by page, so that it holds up nobody.
+/// A history longer than this is read by itself, page by page, so that it holds up nobody. The batch's limit is one more.
 const SHORT: usize = 100;
 
 const SELECT_EXTENT: &str = "select count(*), coalesce(max(id), 0) as last from public.listing_price_log \
