@@ -9,6 +9,7 @@ use actix_web::web::{self, Data, ServiceConfig};
 use crate::database::Database;
 use crate::error::ApiError;
 use crate::metrics::Metrics;
+use crate::servers::Servers;
 
 /// Set when the service has been told to stop.
 #[derive(Default)]
@@ -26,26 +27,27 @@ async fn live() -> &'static str {
     "alive\n"
 }
 
-/// The database can be reached and written to, its schema is the one built in, and nobody has asked for a stop.
+/// The primary can be reached and written to, its schema is the one built in, and nobody has asked for a stop. Below that, in
+/// what state each server is: one that is only read from is not needed.
 async fn ready(
     database: Data<Database>,
+    servers: Data<Servers>,
     stopping: Data<Stopping>,
-) -> Result<&'static str, ApiError> {
+) -> Result<String, ApiError> {
     let not_ready = |why: String| ApiError::new(StatusCode::SERVICE_UNAVAILABLE, why);
     if stopping.0.load(Ordering::Relaxed) {
         return Err(not_ready("stopping".to_owned()));
     }
-    database.check_schema().await.map_err(not_ready)?;
-    let rows = database
-        .query(
-            "select current_setting('transaction_read_only') = 'off' as writable",
-            &[],
-        )
-        .await?;
-    match rows.first().map(|row| row.try_get("writable")) {
-        Some(Ok(true)) => Ok("ready\n"),
-        _ => Err(not_ready("the database is read-only".to_owned())),
+    let report: Vec<_> = servers
+        .report()
+        .iter()
+        .map(|(part, server)| format!("{part} {} {}", server.name, server.state()))
+        .collect();
+    if database.server().state().kind() != Some(true) {
+        return Err(not_ready(report.join("; ")));
     }
+    database.check_schema().await.map_err(not_ready)?;
+    Ok(format!("ready\n{}\n", report.join("\n")))
 }
 
 async fn metrics(metrics: Data<Metrics>) -> Result<HttpResponse, ApiError> {

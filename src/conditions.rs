@@ -13,6 +13,11 @@ pub fn is_known(request: &HttpRequest, etag: &str) -> bool {
     tags.any(|tag| tag == "*" || tag.trim_start_matches("W/") == etag)
 }
 
+/// Whether a replica may answer with this version. To a client that names another, only the primary can say that it is outdated.
+pub fn agrees(request: &HttpRequest, etag: &str) -> bool {
+    !request.headers().contains_key(header::IF_NONE_MATCH) || is_known(request, etag)
+}
+
 pub fn not_modified(etag: String) -> HttpResponse {
     HttpResponse::NotModified()
         .insert_header((header::ETAG, etag))

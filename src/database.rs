@@ -1,65 +1,58 @@
-//! The way to PostgreSQL: connecting, the pool of connections for writes and lists, and the check of the schema.
+//! Statements on a pool of connections to one server, for writes and lists, and the check of the schema.
 
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use actix_web::rt;
-use deadpool_postgres::{Connect, Manager, ManagerConfig, Object, Pool, RecyclingMethod, Runtime};
-use futures_util::future::BoxFuture;
+use deadpool_postgres::{
+    Connect, Manager, ManagerConfig, Object, Pool, PoolError, RecyclingMethod, Runtime, Status,
+};
 use refinery::embed_migrations;
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 use rustls::{ClientConfig, RootCertStore};
-use tokio::task::JoinHandle;
+use tokio::sync::{OwnedMutexGuard, Semaphore};
 use tokio::time::timeout;
 use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, Config, Row};
 use tokio_postgres_rustls::MakeRustlsConnect;
 
-use crate::error::{ApiError, connection_is_lost, describe, statement_is_stale};
+use crate::error::{ApiError, connection_is_lost, describe, is_refusal, statement_is_stale};
+use crate::servers::{Connecting, Server, Way, available};
 use crate::settings::Settings;
 
 embed_migrations!("sql");
 
 pub type Parameters<'a> = &'a [&'a (dyn ToSql + Sync)];
 
+/// A way to a server, with a pool of connections. Connections live on the thread that made them, and end with it: every
+/// thread has a pool of its own.
 #[derive(Clone)]
 pub struct Database {
-    config: Config,
+    way: Way,
     tls: MakeRustlsConnect,
     pool: Pool,
+    /// Places for those who wait for a connection.
+    queue: Arc<Semaphore>,
+    turns: Turns,
+    pool_wait: Duration,
     connect_timeout: Duration,
     /// The server ends a statement by itself after its own limit. This one, a second later, is for a server that is gone.
     answer_timeout: Duration,
 }
 
 impl Database {
-    /// Prepares the way without connecting yet. A connection lives on the thread that made it, and ends with it: every thread
-    /// has a way of its own.
+    /// Prepares the way without connecting yet.
     pub fn new(
         settings: &Settings,
         tls: &MakeRustlsConnect,
+        way: Way,
         pool_size: usize,
     ) -> Result<Self, String> {
-        let mut config = settings.database.clone();
-        // One plan for all values of a statement: it uses the index of a filter also where statistics make another way look
-        // shorter, and no short batch of ids is worth a plan of its own.
-        let ours = format!(
-            "-c statement_timeout={} -c plan_cache_mode=force_generic_plan",
-            settings.statement_timeout.as_millis()
-        );
-        let options = config
-            .get_options()
-            .map_or(ours.clone(), |options| format!("{options} {ours}"));
-        config
-            .options(options)
-            .application_name("listing-api")
-            .connect_timeout(settings.connect_timeout)
-            .keepalives_idle(Duration::from_secs(30));
         let recycling = ManagerConfig {
             recycling_method: RecyclingMethod::Fast,
         };
-        let connector = Connector { tls: tls.clone() };
-        let manager = Manager::from_connect(config.clone(), connector, recycling);
+        let manager = Manager::from_connect(Config::new(), Connector(way.clone()), recycling);
         let pool = Pool::builder(manager)
             .max_size(pool_size)
             .wait_timeout(Some(settings.pool_wait))
@@ -68,26 +61,37 @@ impl Database {
             .runtime(Runtime::Tokio1)
             .build()
             .map_err(|error| describe(&error))?;
-        let answer_timeout = settings.statement_timeout + Duration::from_secs(1);
         Ok(Self {
-            config,
+            way,
             tls: tls.clone(),
             pool,
+            queue: Arc::new(Semaphore::new(settings.queue_size)),
+            turns: Turns::default(),
+            pool_wait: settings.pool_wait,
             connect_timeout: settings.connect_timeout,
-            answer_timeout,
+            answer_timeout: settings.statement_timeout + Duration::from_secs(1),
         })
     }
 
-    pub fn pool_status(&self) -> deadpool_postgres::Status {
+    pub fn pool_status(&self) -> Status {
         self.pool.status()
     }
 
+    pub fn server(&self) -> Arc<Server> {
+        self.way.borrow().clone()
+    }
+
+    /// The server, once it can be reached, and whether it takes writes.
+    pub async fn available(&self) -> Result<(Arc<Server>, bool), ApiError> {
+        self.connected_within_limit(available(&self.way)).await
+    }
+
     /// A connection outside the pool. TLS and authentication count against the limit too.
-    pub async fn connect(&self) -> Result<Client, ApiError> {
-        let connecting = connect(self.config.clone(), self.tls.clone());
+    pub async fn connect(&self, server: Arc<Server>) -> Result<Client, ApiError> {
+        let connecting = server.clone().connect(self.way.clone());
         let connected = self.connected_within_limit(async {
-            let unreachable = |error| ApiError::unavailable(describe(&error));
-            connecting.await.map_err(unreachable)
+            let connected = server.unless_given_up(connecting).await?;
+            connected.map_err(|error| ApiError::no_connection(&error))
         });
         Ok(connected.await?.0)
     }
@@ -105,49 +109,115 @@ impl Database {
 
     /// Waits for an answer no longer than any statement may take.
     pub async fn within_limit<T>(&self, answer: impl Future<Output = T>) -> Result<T, ApiError> {
-        let late = |_| ApiError::timed_out("no answer from the database within the limit");
+        let late = |_| ApiError::unavailable("no answer from the database within the limit");
         timeout(self.answer_timeout, answer).await.map_err(late)
     }
 
-    /// Runs one statement on a connection of its own, and gives the connection back before it returns.
-    pub async fn query(&self, sql: &str, parameters: Parameters<'_>) -> Result<Vec<Row>, ApiError> {
+    /// Runs one statement that only reads.
+    pub async fn read(&self, sql: &str, parameters: Parameters<'_>) -> Result<Vec<Row>, ApiError> {
+        self.run(sql, parameters, false).await
+    }
+
+    /// Runs one statement that writes, to a listing if it is there already. The writers of a listing go one by one, so that
+    /// one which somebody has locked keeps a single connection waiting, and no writer of another.
+    pub async fn write(
+        &self,
+        listing: Option<i32>,
+        sql: &str,
+        parameters: Parameters<'_>,
+    ) -> Result<Vec<Row>, ApiError> {
+        let _turn = match listing {
+            Some(listing) => Some(self.turn(listing).await?),
+            None => None,
+        };
+        self.run(sql, parameters, true).await
+    }
+
+    async fn turn(&self, listing: i32) -> Result<Turn, ApiError> {
+        let _place = self.queue.try_acquire().map_err(ApiError::crowded)?;
+        let mut turn = Turn {
+            turns: self.turns.clone(),
+            listing,
+            held: None,
+        };
+        let mine = lock(&self.turns).entry(listing).or_default().clone();
+        let held = timeout(self.pool_wait, mine.lock_owned()).await;
+        turn.held =
+            Some(held.map_err(|_| ApiError::contended("others are writing the same listing"))?);
+        Ok(turn)
+    }
+
+    /// Runs one statement on a connection of its own, and gives the connection back before it returns. What has not been done
+    /// for want of a connection is tried once more: a write only if the server said so itself.
+    async fn run(
+        &self,
+        sql: &str,
+        parameters: Parameters<'_>,
+        writes: bool,
+    ) -> Result<Vec<Row>, ApiError> {
         let mut retried = false;
         loop {
+            let place = self.queue.try_acquire().map_err(ApiError::crowded)?;
+            let (server, writable) = self.available().await?;
+            if writes && !writable {
+                return Err(ApiError::unavailable("the database is read-only"));
+            }
+            let connected = server.unless_given_up(self.pool.get()).await?;
+            drop(place);
             let mut busy = Busy {
                 client: None,
                 tls: &self.tls,
             };
-            let client = busy.client.insert(self.pool.get().await?);
+            let client = match connected {
+                Ok(client) => busy.client.insert(client),
+                Err(PoolError::Backend(error)) if connection_is_lost(&error) && !retried => {
+                    server.doubt();
+                    retried = true;
+                    continue;
+                }
+                Err(error) => return Err(error.into()),
+            };
             let answer = self.within_limit(async {
                 let statement = client.prepare_cached(sql).await?;
                 client.query(&statement, parameters).await
             });
-            match answer.await? {
-                Err(error) if statement_is_stale(&error) && !retried => retried = true,
-                Err(error) => {
-                    if !connection_is_lost(&error) {
-                        busy.give_back();
-                    }
-                    return Err(error.into());
-                }
+            let error = match answer.await? {
                 Ok(rows) => {
                     busy.give_back();
                     return Ok(rows);
                 }
+                Err(error) => error,
+            };
+            let lost = connection_is_lost(&error);
+            if lost {
+                server.doubt();
+                // Those which nobody uses are likely lost as well.
+                self.pool.retain(|_, _| false);
+            } else {
+                busy.give_back();
             }
+            let stale = statement_is_stale(&error);
+            if stale {
+                self.pool.manager().statement_caches.clear();
+            }
+            let not_done = stale || lost && (is_refusal(&error) || !writes);
+            if retried || !not_done {
+                return Err(error.into());
+            }
+            retried = true;
         }
     }
 
     /// Why this service cannot work with the schema that it found, in a sentence that names the mend.
     pub async fn check_schema(&self) -> Result<(), String> {
-        let client = self
-            .connect()
-            .await
-            .map_err(|error| {
+        let unreachable = |error: ApiError| {
             format!(
                 "cannot connect to the database: {error}: check that it runs, and host, port, user and password in DATABASE_URL"
             )
-        })?;
+        };
+        self.available().await.map_err(unreachable)?;
+        let client = self.pool.get().await;
+        let client = client.map_err(|error| unreachable(error.into()))?;
         let sql = "select version, name, checksum from refinery_schema_history order by version";
         let rows = self
             .within_limit(client.query(sql, &[]))
@@ -204,35 +274,44 @@ impl Database {
 }
 
 /// How the pool connects.
-struct Connector {
-    tls: MakeRustlsConnect,
-}
+struct Connector(Way);
 
 impl Connect for Connector {
-    fn connect(&self, config: &Config) -> Connecting {
-        connect(config.clone(), self.tls.clone())
+    fn connect(&self, _: &Config) -> Connecting {
+        let server = self.0.borrow().clone();
+        server.connect(self.0.clone())
     }
 }
 
-type Connecting = BoxFuture<'static, Result<(Client, JoinHandle<()>), tokio_postgres::Error>>;
+/// The listings that are being written, each with the turn of its writers.
+type Turns = Arc<Mutex<HashMap<i32, Arc<tokio::sync::Mutex<()>>>>>;
 
-/// Connects, and carries the messages of the connection among the tasks of the worker, where they cost no detour. Boxed,
-/// because it is large and rare, and would lie within every request.
-fn connect(config: Config, tls: MakeRustlsConnect) -> Connecting {
-    Box::pin(async move {
-        let (client, connection) = config.connect(tls).await?;
-        let task = rt::spawn(async move {
-            // The requests that this concerns get the error too, and report it.
-            if let Err(error) = connection.await {
-                log::debug!("a database connection ended: {}", describe(&error));
-            }
-        });
-        Ok((client, task))
-    })
+fn lock(turns: &Turns) -> std::sync::MutexGuard<'_, HashMap<i32, Arc<tokio::sync::Mutex<()>>>> {
+    turns.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The turn of a writer, or its place among those who wait for theirs. The last one removes the listing.
+struct Turn {
+    turns: Turns,
+    listing: i32,
+    held: Option<OwnedMutexGuard<()>>,
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        self.held = None;
+        let mut turns = lock(&self.turns);
+        if turns
+            .get(&self.listing)
+            .is_some_and(|turn| Arc::strong_count(turn) == 1)
+        {
+            turns.remove(&self.listing);
+        }
+    }
 }
 
 /// A pooled connection with a statement under way. Dropped before it is given back, because the request was dropped or went
-/// wrong, the statement is cancelled and the connection closed: the driver would go on with it, for the next to wait for.
+/// wrong, the statement is cancelled and the connection closed behind it: the driver would go on with it, for the next to wait for.
 struct Busy<'a> {
     client: Option<Object>,
     tls: &'a MakeRustlsConnect,
@@ -248,16 +327,21 @@ impl Drop for Busy<'_> {
     fn drop(&mut self) {
         if let Some(client) = self.client.take() {
             let client = Object::take(client);
+            if client.is_closed() {
+                return;
+            }
             let (cancel, tls) = (client.cancel_token(), self.tls.clone());
-            drop(client);
             // At the very end of a stop there is nothing left that could send the cancellation.
             let Ok(runtime) = tokio::runtime::Handle::try_current() else {
                 return;
             };
             runtime.spawn(async move {
-                if let Ok(Err(error)) =
-                    timeout(Duration::from_secs(5), cancel.cancel_query(tls)).await
-                {
+                // The connection stays until the statement has ended: a pooler forgets who has gone.
+                let cancelled = async {
+                    cancel.cancel_query(tls).await?;
+                    client.batch_execute("").await
+                };
+                if let Ok(Err(error)) = timeout(Duration::from_secs(5), cancelled).await {
                     log::debug!("a statement was not cancelled: {}", describe(&error));
                 }
             });

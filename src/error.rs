@@ -57,6 +57,21 @@ impl ApiError {
         Self::new(StatusCode::SERVICE_UNAVAILABLE, message).because(cause)
     }
 
+    /// More than may wait are waiting already.
+    pub fn crowded<T>(_: T) -> Self {
+        let message = "too many requests at the moment, try again later";
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, message)
+    }
+
+    pub fn contended(cause: impl Display) -> Self {
+        let message = "somebody else was writing the same, try again";
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, message).because(cause)
+    }
+
+    pub fn no_connection(error: &tokio_postgres::Error) -> Self {
+        Self::unavailable(describe(error))
+    }
+
     pub fn timed_out(cause: impl Display) -> Self {
         Self::new(
             StatusCode::GATEWAY_TIMEOUT,
@@ -71,6 +86,10 @@ impl ApiError {
 
     pub fn is_internal(&self) -> bool {
         self.status == StatusCode::INTERNAL_SERVER_ERROR
+    }
+
+    pub fn is_unavailable(&self) -> bool {
+        self.status == StatusCode::SERVICE_UNAVAILABLE
     }
 
     fn because(mut self, cause: impl Display) -> Self {
@@ -129,6 +148,14 @@ pub fn connection_is_lost(error: &tokio_postgres::Error) -> bool {
     }
 }
 
+/// Whether PostgreSQL itself said no, and so has done nothing. Without an answer nobody can tell. A pooler in between answers
+/// with codes of class 08 where it has none.
+pub fn is_refusal(error: &tokio_postgres::Error) -> bool {
+    error
+        .code()
+        .is_some_and(|code| !code.code().starts_with("08"))
+}
+
 /// Whether the statement was refused before it did anything, because its plan or its name has gone: prepare it anew.
 pub fn statement_is_stale(error: &tokio_postgres::Error) -> bool {
     matches!(
@@ -154,8 +181,7 @@ impl From<tokio_postgres::Error> for ApiError {
         match error.code() {
             Some(&SqlState::QUERY_CANCELED) => Self::timed_out(cause),
             Some(&(SqlState::T_R_SERIALIZATION_FAILURE | SqlState::T_R_DEADLOCK_DETECTED)) => {
-                let message = "somebody else was writing the same, try again";
-                Self::new(StatusCode::SERVICE_UNAVAILABLE, message).because(cause)
+                Self::contended(cause)
             }
             _ if connection_is_lost(&error) => Self::unavailable(cause),
             _ => Self::internal(cause),
@@ -166,7 +192,7 @@ impl From<tokio_postgres::Error> for ApiError {
 impl From<PoolError> for ApiError {
     fn from(error: PoolError) -> Self {
         match error {
-            PoolError::Backend(error) => Self::unavailable(describe(&error)),
+            PoolError::Backend(error) => Self::no_connection(&error),
             error => Self::unavailable(error),
         }
     }

@@ -5,7 +5,8 @@
 //!
 //! - [`listings`]: a listing's whole life. [`prices`]: the history. Start reading there.
 //! - [`json`], [`parameters`], [`conditions`]: what clients send, checked. [`euros`]: exact money. [`pages`]: long lists.
-//! - [`database`]: connecting, the pool for writes and lists, the check of the schema. [`reader`]: reads by id, shared.
+//! - [`servers`]: which of them is the primary, who can be read. [`database`]: the pool for writes and lists, the check of the
+//!   schema. [`reader`]: reads by id, shared.
 //! - [`error`]: from every failure to a status and a message. [`edge`] and [`wire`]: what every response shares.
 //! - [`admin`] and [`metrics`]: for operators. [`docs`]: for consumers.
 
@@ -25,6 +26,7 @@ mod prices;
 mod reader;
 mod routes;
 mod server;
+mod servers;
 mod settings;
 mod wire;
 

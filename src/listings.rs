@@ -1,5 +1,7 @@
 //! A listing's whole life: what it looks like, how it is checked, and the statements behind each method.
 
+use std::rc::Rc;
+
 use actix_web::http::{StatusCode, header};
 use actix_web::{HttpRequest, HttpResponse, web};
 use serde::Serialize;
@@ -13,7 +15,7 @@ use crate::euros::Euros;
 use crate::json::{self, Moment, Object, Problems};
 use crate::pages;
 use crate::parameters::Parameters;
-use crate::reader::Reader;
+use crate::reader::{Reader, Rows, Source};
 
 #[derive(Serialize)]
 pub struct Listing<'a> {
@@ -211,7 +213,8 @@ pub async fn create(
         contact_phone_number,
     } = Input::parse(&body, true)?;
     let rows = database
-        .query(
+        .write(
+            None,
             INSERT,
             &[
                 &name,
@@ -245,7 +248,13 @@ pub async fn get(
     reader: web::Data<Reader>,
 ) -> Result<HttpResponse, ApiError> {
     let id = id(&path)?;
-    let rows = reader.listing(id).await?;
+    let stands = |rows: &Rows| {
+        let version = rows.first().map(|row| row.try_get("version"));
+        matches!(version, Some(Ok(version)) if conditions::agrees(&request, &conditions::etag(version)))
+    };
+    let rows = reader
+        .ask(async |source| source.listing(id).await, stands)
+        .await?;
     let row = rows.first().ok_or_else(|| ApiError::no_listing(id))?;
     let etag = conditions::etag(row.try_get("version")?);
     if conditions::is_known(&request, &etag) {
@@ -334,7 +343,8 @@ async fn update(
     } = input;
     let if_match = IfMatch::of(request);
     let rows = database
-        .query(
+        .write(
+            Some(id),
             UPDATE,
             &[
                 &id,
@@ -370,7 +380,7 @@ pub async fn delete(
     let if_match = IfMatch::of(&request);
     let sql = "delete from public.listing where id = $1 and ($2::text[] is null or xmin::text = any($2)) returning id";
     match database
-        .query(sql, &[&id, &if_match.versions()])
+        .write(Some(id), sql, &[&id, &if_match.versions()])
         .await?
         .first()
     {
@@ -385,7 +395,7 @@ async fn why_not(database: &Database, id: i32, if_match: &IfMatch) -> ApiError {
         return ApiError::no_listing(id);
     }
     match database
-        .query("select from public.listing where id = $1", &[&id])
+        .read("select from public.listing where id = $1", &[&id])
         .await
     {
         Ok(rows) if rows.is_empty() => ApiError::no_listing(id),
@@ -406,7 +416,7 @@ fn respond(row: &Row, status: StatusCode) -> Result<HttpResponse, ApiError> {
 
 pub async fn list(
     request: HttpRequest,
-    database: web::Data<Database>,
+    reader: web::Data<Reader>,
 ) -> Result<HttpResponse, ApiError> {
     let mut parameters = Parameters::of(&request)?;
     let limit = parameters.limit()?;
@@ -436,12 +446,12 @@ pub async fn list(
     let Some(limit) = limit else {
         let read = async move |row: Option<&Row>| {
             let after = row.map_or(Ok(after), |row| row.try_get("id"))?;
-            filter.page(&database, after, pages::PAGE).await
+            filter.page(&reader, after, pages::PAGE).await
         };
         return pages::respond(&request, response, read, write).await;
     };
     // One more than asked for tells whether there is a further page.
-    let mut rows = filter.page(&database, after, limit + 1).await?;
+    let mut rows = filter.page(&reader, after, limit + 1).await?;
     if pages::cut(&mut rows, limit)
         && let Some(last) = rows.last()
     {
@@ -470,7 +480,7 @@ impl Filter {
         }
     }
 
-    async fn page(&self, database: &Database, after: i32, size: i64) -> Result<Vec<Row>, ApiError> {
+    async fn page(&self, reader: &Reader, after: i32, size: i64) -> Result<Vec<Row>, ApiError> {
         let conditions = &self.conditions;
         let sql = format!(
             "select {} from public.listing where id > $1{conditions} order by id limit $2",
@@ -480,6 +490,7 @@ impl Filter {
         for value in &self.values {
             parameters.push(value.as_ref());
         }
-        database.query(&sql, &parameters).await
+        let question = async |source: Rc<Source>| source.database.read(&sql, &parameters).await;
+        reader.ask(question, |_| true).await
     }
 }

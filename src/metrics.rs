@@ -1,21 +1,29 @@
-//! What Prometheus reads: requests by route and status, and the pool.
+//! What Prometheus reads: requests by route and status, the servers of the database, and the pools.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use actix_web::http::StatusCode;
-use prometheus::{Encoder, HistogramOpts, HistogramVec, IntGauge, Registry, TextEncoder};
+use prometheus::{
+    Encoder, GaugeVec, HistogramOpts, HistogramVec, IntGauge, Opts, Registry, TextEncoder,
+};
 
 use crate::database::Database;
+use crate::server::Ways;
+use crate::servers::{Servers, State};
 
 pub struct Metrics {
     registry: Registry,
     requests: HistogramVec,
-    pool: [IntGauge; 3],
-    databases: Vec<Database>,
+    /// Whether each answers, takes writes, and how many seconds it is behind.
+    states: [GaugeVec; 3],
+    servers: Arc<Servers>,
+    /// Of the primary, and of the replicas.
+    pools: [(Vec<Database>, [IntGauge; 3]); 2],
 }
 
 impl Metrics {
-    pub fn new(databases: Vec<Database>) -> Result<Self, prometheus::Error> {
+    pub fn new(servers: Arc<Servers>, ways: Vec<Ways>) -> Result<Self, prometheus::Error> {
         let registry = Registry::new();
         let buckets = vec![
             0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
@@ -26,21 +34,44 @@ impl Metrics {
             &["route", "method", "status"],
         )?;
         registry.register(Box::new(requests.clone()))?;
-        let gauge = |name, help| -> Result<IntGauge, prometheus::Error> {
-            let gauge = IntGauge::new(name, help)?;
+        let of_server = |name, help| -> Result<GaugeVec, prometheus::Error> {
+            let gauge = GaugeVec::new(Opts::new(name, help), &["server", "part"])?;
             registry.register(Box::new(gauge.clone()))?;
             Ok(gauge)
         };
-        let pool = [
-            gauge(
-                "database_pool_size",
-                "Connections of the pools for writes and lists.",
+        let states = [
+            of_server("database_server_up", "1 if the server answers.")?,
+            of_server("database_server_writable", "1 if it takes writes.")?,
+            of_server(
+                "database_server_lag_seconds",
+                "How long ago the primary was where this server is now.",
             )?,
-            gauge("database_pool_available", "Those that nobody uses.")?,
-            gauge("database_pool_waiting", "Requests that wait for one.")?,
+        ];
+        let of_pools = |part| -> Result<[IntGauge; 3], prometheus::Error> {
+            let gauge = |name, help| {
+                let gauge = IntGauge::with_opts(Opts::new(name, help).const_label("part", part))?;
+                registry.register(Box::new(gauge.clone()))?;
+                Ok::<_, prometheus::Error>(gauge)
+            };
+            Ok([
+                gauge(
+                    "database_pool_size",
+                    "Connections of the pools for writes and lists.",
+                )?,
+                gauge("database_pool_available", "Those that nobody uses.")?,
+                gauge("database_pool_waiting", "Requests that wait for one.")?,
+            ])
+        };
+        let (primary, replicas): (_, Vec<_>) = ways.into_iter().unzip();
+        let pools = [
+            (primary, of_pools("primary")?),
+            (
+                replicas.into_iter().flatten().collect(),
+                of_pools("replica")?,
+            ),
         ];
         let build = IntGauge::with_opts(
-            prometheus::Opts::new("listing_api_build_info", "1, with the version as a label.")
+            Opts::new("listing_api_build_info", "1, with the version as a label.")
                 .const_label("version", env!("CARGO_PKG_VERSION")),
         )?;
         build.set(1);
@@ -48,8 +79,9 @@ impl Metrics {
         Ok(Self {
             registry,
             requests,
-            pool,
-            databases,
+            states,
+            servers,
+            pools,
         })
     }
 
@@ -72,16 +104,35 @@ impl Metrics {
     }
 
     pub fn render(&self) -> Result<String, prometheus::Error> {
-        let mut sums = [0; 3];
-        for database in &self.databases {
-            let status = database.pool_status();
-            let values = [status.size, status.available, status.waiting];
-            for (sum, value) in sums.iter_mut().zip(values) {
-                *sum += value;
+        for (databases, gauges) in &self.pools {
+            let mut sums = [0; 3];
+            for database in databases {
+                let status = database.pool_status();
+                let values = [status.size, status.available, status.waiting];
+                for (sum, value) in sums.iter_mut().zip(values) {
+                    *sum += value;
+                }
+            }
+            for (gauge, sum) in gauges.iter().zip(sums) {
+                gauge.set(i64::try_from(sum).unwrap_or(i64::MAX));
             }
         }
-        for (gauge, sum) in self.pool.iter().zip(sums) {
-            gauge.set(i64::try_from(sum).unwrap_or(i64::MAX));
+        for gauge in &self.states {
+            // A server may have another part by now.
+            gauge.reset();
+        }
+        for (part, server) in self.servers.report() {
+            let values = match server.state() {
+                State::Up { writable, lag, .. } => {
+                    [1.0, f64::from(u8::from(writable)), lag.as_secs_f64()]
+                }
+                _ => [0.0, 0.0, f64::NAN],
+            };
+            for (gauge, value) in self.states.iter().zip(values) {
+                gauge
+                    .with_label_values(&[server.name.as_str(), part])
+                    .set(value);
+            }
         }
         let mut text = Vec::new();
         TextEncoder::new().encode(&self.registry.gather(), &mut text)?;

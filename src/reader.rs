@@ -11,32 +11,86 @@
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::rc::Rc;
+use std::sync::Arc;
 
-use actix_web::http::StatusCode;
 use actix_web::rt;
 use tokio::sync::{Notify, oneshot};
 use tokio_postgres::{Client, Row, Statement};
 
 use crate::database::{Database, Parameters};
 use crate::error::{ApiError, connection_is_lost, statement_is_stale};
+use crate::servers::Servers;
 use crate::{listings, prices};
 
 /// Requests that travel together at most.
 const BATCH: usize = 64;
 
+/// What a worker reads from.
 pub struct Reader {
+    servers: Arc<Servers>,
+    primary: Rc<Source>,
+    replicas: Vec<Rc<Source>>,
+    /// The replica that is asked next.
+    turn: Cell<usize>,
+}
+
+/// One server to read from.
+pub struct Source {
+    pub database: Database,
     listings: Rc<Lane>,
     prices: Rc<Lane>,
 }
 
 impl Reader {
-    pub fn new(database: &Database, queue: usize) -> Self {
+    pub fn new(
+        servers: &Arc<Servers>,
+        primary: &Database,
+        replicas: &[Database],
+        queue: usize,
+    ) -> Self {
+        let source = |database: &Database| {
+            Rc::new(Source {
+                database: database.clone(),
+                listings: Lane::new(database, listings::SELECT_BATCH, queue),
+                prices: Lane::new(database, prices::SELECT_BATCH, queue),
+            })
+        };
         Self {
-            listings: Lane::new(database, listings::SELECT_BATCH, queue),
-            prices: Lane::new(database, prices::SELECT_BATCH, queue),
+            servers: servers.clone(),
+            primary: source(primary),
+            replicas: replicas.iter().map(source).collect(),
+            turn: Cell::default(),
         }
     }
 
+    /// Asks one of the replicas, in turn, or the next where that one fails. The primary is asked where there is none, and
+    /// where the answer does not stand, because a replica may not have seen yet what the client has.
+    pub async fn ask<T>(
+        &self,
+        question: impl AsyncFn(Rc<Source>) -> Result<T, ApiError>,
+        stands: impl Fn(&T) -> bool,
+    ) -> Result<T, ApiError> {
+        let turn = self.turn.get();
+        self.turn.set(turn.wrapping_add(1));
+        let count = self.replicas.len();
+        let in_turn = self.replicas.iter().cycle().skip(turn % count.max(1));
+        for replica in in_turn.take(count) {
+            if !self.servers.is_current(&replica.database.server()) {
+                continue;
+            }
+            match question(replica.clone()).await {
+                Ok(answer) if stands(&answer) => return Ok(answer),
+                Ok(_) => break,
+                // A replica also breaks off what stands in the way of replay.
+                Err(error) if error.is_unavailable() || error.is_internal() => (),
+                Err(error) => return Err(error),
+            }
+        }
+        question(self.primary.clone()).await
+    }
+}
+
+impl Source {
     /// The row of a listing. None if there is no such listing.
     pub async fn listing(&self, id: i32) -> Result<Rows, ApiError> {
         self.listings.get(id).await
@@ -49,7 +103,7 @@ impl Reader {
 }
 
 /// The rows of one id, shared by all who asked for it at once.
-type Rows = Rc<Vec<Row>>;
+pub type Rows = Rc<Vec<Row>>;
 type Waiter = (i32, oneshot::Sender<Result<Rows, ApiError>>);
 
 /// One kind of read: a statement that takes an array of ids and returns rows that begin with theirs.
@@ -106,8 +160,7 @@ impl Lane {
             waiting.retain(|(_, waiter)| !waiter.is_closed());
         }
         if waiting.len() >= self.queue {
-            let message = "too many requests at the moment, try again later";
-            return Err(ApiError::new(StatusCode::SERVICE_UNAVAILABLE, message));
+            return Err(ApiError::crowded(()));
         }
         waiting.push((id, waiter));
         Ok(())
@@ -167,17 +220,29 @@ impl Lane {
         let parameters: Parameters = &[&ids];
         let mut retried = false;
         loop {
-            let session = self.session().await.inspect_err(|error| {
-                // They would all find out the same, one limit after the other.
-                for (_, waiter) in self.waiting.take() {
-                    let _ = waiter.send(Err(error.clone()));
+            let session = match self.session().await {
+                Ok(session) => session,
+                Err(error) if error.is_unavailable() && !retried => {
+                    self.database.server().doubt();
+                    retried = true;
+                    continue;
                 }
-            })?;
+                Err(error) => {
+                    // They would all find out the same, one limit after the other.
+                    for (_, waiter) in self.waiting.take() {
+                        let _ = waiter.send(Err(error.clone()));
+                    }
+                    return Err(error);
+                }
+            };
             let answer = session.client.query(&session.statement, parameters);
             match self.database.within_limit(answer).await {
                 Ok(Ok(rows)) => return Ok(rows),
                 Ok(Err(error)) if connection_is_lost(&error) || statement_is_stale(&error) => {
                     self.session.take();
+                    if !statement_is_stale(&error) {
+                        self.database.server().doubt();
+                    }
                     if retried {
                         return Err(error.into());
                     }
@@ -199,7 +264,8 @@ impl Lane {
             return Ok(session);
         }
         let connecting = async {
-            let client = self.database.connect().await?;
+            let (server, _) = self.database.available().await?;
+            let client = self.database.connect(server).await?;
             let statement = client.prepare(self.sql).await?;
             Ok(Session { client, statement })
         };

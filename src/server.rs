@@ -23,6 +23,7 @@ use crate::json::TRICKLE_LIMIT;
 use crate::metrics::Metrics;
 use crate::reader::Reader;
 use crate::routes::routes;
+use crate::servers::Servers;
 use crate::settings::Settings;
 use crate::wire::Wire;
 
@@ -31,9 +32,24 @@ use crate::wire::Wire;
 pub async fn run(check_only: bool) -> Result<(), String> {
     let settings = Data::new(Settings::from_env()?);
     let tls = tls(&settings)?;
-    let database = Data::new(Database::new(&settings, &tls, 1)?);
-    database.check_schema().await?;
+    let servers = Servers::watch(&settings, &tls).await?;
+    let database = Data::new(Database::new(&settings, &tls, servers.primary(), 1)?);
+    if let Err(reason) = database.check_schema().await {
+        let servers = servers.report();
+        let states = servers
+            .iter()
+            .map(|(_, server)| format!("; {} {}", server.name, server.state()));
+        let states = if servers.len() > 1 {
+            states.collect()
+        } else {
+            String::new()
+        };
+        return Err(reason + &states);
+    }
     if check_only {
+        for (part, server) in servers.report() {
+            println!("{part} {} {}", server.name, server.state());
+        }
         println!("settings, database and schema are as they should be");
         return Ok(());
     }
@@ -42,18 +58,31 @@ pub async fn run(check_only: bool) -> Result<(), String> {
     let (admin_listener, admin_listen) = bind("ADMIN_ADDR", settings.admin)?;
     let shutdown_delay = settings.shutdown_delay;
     let pool_size = settings.pool_size.div_ceil(settings.workers);
-    let databases = (0..settings.workers).map(|_| Database::new(&settings, &tls, pool_size));
-    let databases = databases.collect::<Result<Vec<_>, _>>()?;
-    let metrics = Metrics::new(databases.clone()).map_err(|error| describe(&error))?;
+    let way_of = |way| Database::new(&settings, &tls, way, pool_size);
+    let way_of_worker = |_| {
+        let replicas = servers.replicas().map(way_of).collect::<Result<_, _>>()?;
+        Ok((way_of(servers.primary())?, replicas))
+    };
+    let ways = (0..settings.workers)
+        .map(way_of_worker)
+        .collect::<Result<Vec<_>, String>>()?;
+    let metrics = Metrics::new(servers.clone(), ways.clone()).map_err(|error| describe(&error))?;
     let metrics = Data::new(metrics);
     let stopping = Data::new(Stopping::default());
 
-    let api = serve(api_listener, settings.clone(), databases, metrics.clone())?;
+    let api = serve(
+        api_listener,
+        settings.clone(),
+        servers.clone(),
+        ways,
+        metrics.clone(),
+    )?;
     let admin = {
-        let (database, stopping) = (database.clone(), stopping.clone());
+        let (stopping, servers) = (stopping.clone(), Data::from(servers.clone()));
         HttpServer::new(move || {
             App::new()
                 .app_data(database.clone())
+                .app_data(servers.clone())
                 .app_data(metrics.clone())
                 .app_data(stopping.clone())
                 .configure(admin::routes)
@@ -64,6 +93,9 @@ pub async fn run(check_only: bool) -> Result<(), String> {
         .map_err(|error| describe(&error))?
         .run()
     };
+    for (part, server) in servers.report() {
+        log::info!("{part} {} {}", server.name, server.state());
+    }
     log::info!(
         "serving on http://{listen}, docs on http://{listen}/docs, health and metrics on http://{admin_listen}"
     );
@@ -85,11 +117,15 @@ pub async fn run(check_only: bool) -> Result<(), String> {
     Ok(())
 }
 
-/// The API: on each worker the routes, with what they share and the worker's own way to the database.
+/// A worker's own ways to the primary and to each of the replicas.
+pub type Ways = (Database, Vec<Database>);
+
+/// The API: on each worker the routes, with what they share and the worker's own ways to the database.
 fn serve(
     listener: TcpListener,
     settings: Data<Settings>,
-    databases: Vec<Database>,
+    servers: Arc<Servers>,
+    ways: Vec<Ways>,
     metrics: Data<Metrics>,
 ) -> Result<Server, String> {
     let workers = settings.workers;
@@ -99,13 +135,13 @@ fn serve(
     let stop_signal = builder.graceful_shutdown_signal();
     // Called once for each worker, on its thread.
     let service = move || {
-        let worker = next.fetch_add(1, Ordering::Relaxed) % databases.len();
-        let database = databases[worker].clone();
+        let (primary, replicas) = &ways[next.fetch_add(1, Ordering::Relaxed) % ways.len()];
+        let reader = Reader::new(&servers, primary, replicas, settings.queue_size);
         let app = App::new()
             .app_data(settings.clone())
             .app_data(metrics.clone())
-            .app_data(Data::new(Reader::new(&database, settings.read_queue)))
-            .app_data(Data::new(database))
+            .app_data(Data::new(reader))
+            .app_data(Data::new(primary.clone()))
             .wrap(Compress::default())
             .wrap(from_fn(edge))
             .wrap(Logger::new("%r %s %b %Dms %{x-request-id}o"))

@@ -10,14 +10,17 @@ use std::time::Duration;
 use tokio_postgres::Config;
 
 pub struct Settings {
-    pub database: Config,
+    /// One for each host of the URL, and below.
+    pub database: Vec<Config>,
+    pub replicas: Vec<Config>,
+    pub replica_lag: Duration,
     pub ca_file: Option<PathBuf>,
     pub listen: SocketAddr,
     pub admin: SocketAddr,
     pub workers: usize,
     pub pool_size: usize,
     pub pool_wait: Duration,
-    pub read_queue: usize,
+    pub queue_size: usize,
     pub connect_timeout: Duration,
     pub statement_timeout: Duration,
     pub shutdown_delay: Duration,
@@ -28,7 +31,11 @@ pub struct Settings {
 
 /// What `--help` prints of them.
 pub const HELP: &str = "\
-DATABASE_URL          postgres://user:password@host:port/database, required
+DATABASE_URL          postgres://user:password@host:port/database, required;
+                      host:port,host:port/database?target_session_attrs=read-write
+                      is whichever of them takes writes
+DATABASE_READ_URL     replicas to read from, in the same form          none
+REPLICA_LAG_MS        how far behind a replica may be that is asked    5000
 DATABASE_CA_FILE      certificate authority of the database, PEM; those of the system where not set
 LISTEN_ADDR           address of the API                             127.0.0.1:8080
 ADMIN_ADDR            address of /health and /metrics                127.0.0.1:8081
@@ -36,8 +43,8 @@ WORKERS               threads that serve requests                    one for eac
 POOL_SIZE             database connections for writes and lists,
                       shared out among the workers                   16
 POOL_WAIT_MS          how long a request waits for one of them       2000
-READ_QUEUE            reads of a listing or of prices that may wait,
-                      on each worker                                 5000
+QUEUE_SIZE            requests that may wait on each worker: for listings,
+                      for prices, and for a connection                 5000
 CONNECT_TIMEOUT_MS    how long connecting may take                   3000
 STATEMENT_TIMEOUT_MS  how long a statement may take                  5000
 SHUTDOWN_DELAY_MS     from not ready to no new connections           0
@@ -48,7 +55,12 @@ RUST_LOG              what is logged, as env_logger reads it         info";
 impl Settings {
     pub fn from_env() -> Result<Self, String> {
         Ok(Self {
-            database: database()?,
+            database: database("DATABASE_URL")?,
+            replicas: match env::var_os("DATABASE_READ_URL") {
+                Some(url) if !url.is_empty() => database("DATABASE_READ_URL")?,
+                _ => Vec::new(),
+            },
+            replica_lag: milliseconds("REPLICA_LAG_MS", 5_000)?,
             ca_file: env::var_os("DATABASE_CA_FILE")
                 .filter(|file| !file.is_empty())
                 .map(PathBuf::from),
@@ -60,7 +72,7 @@ impl Settings {
             )?,
             pool_size: at_least_one("POOL_SIZE", 16)?,
             pool_wait: milliseconds("POOL_WAIT_MS", 2_000)?,
-            read_queue: at_least_one("READ_QUEUE", 5_000)?,
+            queue_size: at_least_one("QUEUE_SIZE", 5_000)?,
             connect_timeout: milliseconds("CONNECT_TIMEOUT_MS", 3_000)?,
             statement_timeout: milliseconds("STATEMENT_TIMEOUT_MS", 5_000)?,
             shutdown_delay: Duration::from_millis(setting(
@@ -74,20 +86,33 @@ impl Settings {
     }
 }
 
-/// The URL holds a password, so it is the one setting whose value no message repeats.
-fn database() -> Result<Config, String> {
+/// The hosts of a URL, each with all the rest of it. The URL holds a password, so no message repeats its value.
+fn database(name: &str) -> Result<Vec<Config>, String> {
     let form = "it has to be postgres://user:password@host:port/database";
-    let url = env::var("DATABASE_URL").map_err(|_| format!("DATABASE_URL is not set: {form}"))?;
-    let config = url
-        .parse::<Config>()
-        .map_err(|_| format!("DATABASE_URL cannot be read: {form}"))?;
-    if config.get_hosts().is_empty() {
-        return Err(format!("DATABASE_URL names no host: {form}"));
+    let url = env::var(name).map_err(|_| format!("{name} is not set: {form}"))?;
+    let configs = each_host(&url)
+        .iter()
+        .map(|url| url.parse())
+        .collect::<Result<Vec<Config>, _>>()
+        .map_err(|_| format!("{name} cannot be read: {form}"))?;
+    if configs.iter().any(|config| config.get_hosts().is_empty()) {
+        return Err(format!("{name} names no host: {form}"));
     }
-    if config.get_dbname().is_none() {
-        return Err(format!("DATABASE_URL names no database: {form}"));
+    if configs.iter().any(|config| config.get_dbname().is_none()) {
+        return Err(format!("{name} names no database: {form}"));
     }
-    Ok(config)
+    Ok(configs)
+}
+
+/// `postgres://user@one,two/database` as a URL for each of its hosts.
+fn each_host(url: &str) -> Vec<String> {
+    let begin = url.find("://").map_or(0, |scheme| scheme + 3);
+    let (scheme, rest) = url.split_at(begin);
+    let (authority, path) = rest.split_at(rest.find(['/', '?']).unwrap_or(rest.len()));
+    let hosts = authority.rfind('@').map_or(0, |at| at + 1);
+    let (login, hosts) = authority.split_at(hosts);
+    let url = |host| format!("{scheme}{login}{host}{path}");
+    hosts.split(',').map(url).collect()
 }
 
 fn setting<T: FromStr>(name: &str, default: &str, right: impl Display) -> Result<T, String> {

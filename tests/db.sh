@@ -4,6 +4,8 @@
 #   tests/db.sh up               start it where it does not run yet, and print its DATABASE_URL
 #   tests/db.sh login            make its role listing_service, a member of listing_api and nothing else, and print its URL
 #   tests/db.sh run PROGRAM ...  run one of its programs: psql, pg_dump, pgbench
+#   tests/db.sh follow URL       make a standby of the server at this URL, start it, and print its DATABASE_URL
+#   tests/db.sh promote          make that standby a primary
 #   tests/db.sh stop             stop it
 #   tests/db.sh down             stop and remove it
 #
@@ -64,18 +66,23 @@ choose_port() {
     echo $((15000 + $(od -An -N2 -tu2 /dev/urandom) % 17000)) > "$home/port"
 }
 
-create() {
-    server=${PG_BIN:-$(find_server)}
+# A folder with a port and this password, which belongs to the user of the server.
+make_home() {
     rm -rf "$home"
     mkdir -m 700 "$home"
     choose_port
-    random_password > "$home/password"
+    echo "$1" > "$home/password"
+    if [ "$server" != docker ] && [ "$(id -u)" = 0 ]; then
+        id postgres >/dev/null 2>&1 || fail "PostgreSQL does not run as root and there is no user postgres to run it" \
+            "instead: create one with useradd --system postgres, or run this as another user"
+        chown -R postgres "$home"
+    fi
+}
+
+create() {
+    server=${PG_BIN:-$(find_server)}
+    make_home "$(random_password)"
     if [ "$server" != docker ]; then
-        if [ "$(id -u)" = 0 ]; then
-            id postgres >/dev/null 2>&1 || fail "PostgreSQL does not run as root and there is no user postgres to run it" \
-                "instead: create one with useradd --system postgres, or run this as another user"
-            chown -R postgres "$home"
-        fi
         as_server "$server/initdb" --pgdata="$reach/data" --username=postgres --pwfile="$reach/password" \
             --auth=scram-sha-256 --encoding=UTF8 --locale=C --no-sync >/dev/null
         cat >> "$home/data/postgresql.conf" <<-'END'
@@ -140,6 +147,21 @@ up() {
     echo "postgres://postgres:$(cat "$home/password")@127.0.0.1:$(cat "$home/port")/listing"
 }
 
+follow() {
+    server=${PG_BIN:-$(find_server)}
+    [ "$server" != docker ] || fail "a standby needs the server programs of PostgreSQL: see the README"
+    [ ! -f "$home/server" ] || fail "there is a cluster in $home already"
+    make_home "$(echo "$1" | sed 's|.*://[^:]*:\([^@]*\)@.*|\1|')"
+    as_server "$server/pg_basebackup" --dbname="$1" --pgdata="$reach/data" --checkpoint=fast --no-sync --write-recovery-conf
+    echo "$server" > "$home/server"
+    up
+}
+
+promote() {
+    server=$(cat "$home/server")
+    as_server "$server/pg_ctl" --pgdata="$reach/data" --wait promote >/dev/null
+}
+
 login() {
     url=$(up)
     password=$(random_password)
@@ -184,6 +206,8 @@ case ${1:-} in
     up) up ;;
     login) login ;;
     run) shift; run "$@" ;;
+    follow) follow "$2" ;;
+    promote) promote ;;
     stop) stop fast stop db ;;
     down) down ;;
     *) sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;

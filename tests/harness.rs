@@ -70,6 +70,13 @@ impl Database {
         url_of(&self.name)
     }
 
+    /// The server that it is on, as `host:port`.
+    pub fn address(&self) -> String {
+        let url = self.url();
+        let (_, address) = url.rsplit_once('@').expect("user:password@address");
+        address.split('/').next().expect("an address").to_owned()
+    }
+
     /// A further session of the superuser.
     pub async fn connect(&self) -> Client {
         connect(server().dbname(&self.name)).await
@@ -121,14 +128,32 @@ pub struct Cluster {
 
 impl Cluster {
     pub fn start() -> Self {
+        Self::make(&["up"])
+    }
+
+    /// With every migration applied.
+    pub fn migrated() -> Self {
+        let cluster = Self::start();
+        let output = refinery(&cluster.url, &in_checkout("sql"));
+        assert!(output.status.success(), "{}", printed(&output));
+        cluster
+    }
+
+    /// A standby of this one.
+    pub fn standby(&self) -> Self {
+        Self::make(&["follow", &self.url])
+    }
+
+    fn make(arguments: &[&str]) -> Self {
         let folder = TempDir::new().expect("a folder");
         let private = Permissions::from_mode(0o700);
         std::fs::set_permissions(folder.path(), private).expect("a private folder");
         std::fs::create_dir(folder.path().join("tests")).expect("a folder");
         let script = folder.path().join("tests/db.sh");
         std::fs::copy(in_checkout("tests/db.sh"), script).expect("a copy");
-        let url = succeed(Self::script(folder.path(), "up"), "");
-        let url = url.trim_end().to_owned();
+        let mut command = Self::script(folder.path(), arguments[0]);
+        command.args(&arguments[1..]);
+        let url = succeed(command, "").trim_end().to_owned();
         Self {
             config: url.parse().expect("a DATABASE_URL"),
             folder,
@@ -143,6 +168,48 @@ impl Cluster {
         command
     }
 
+    /// Calls its script: `up`, `stop`, `promote`.
+    pub fn call(&self, argument: &str) {
+        succeed(Self::script(self.folder.path(), argument), "");
+    }
+
+    /// Ends all its processes at once.
+    pub fn kill(&self) {
+        let processes = self.processes();
+        send("-KILL", &processes);
+        while list_of_processes()
+            .iter()
+            .any(|[id, _, state]| processes.contains(id) && !state.starts_with('Z'))
+        {
+            std::thread::yield_now();
+        }
+        // Where nobody reaps orphans, the first process still counts as one that runs.
+        std::fs::remove_file(self.running()).expect("the file of its process");
+    }
+
+    /// Sends a signal to all its processes.
+    pub fn signal(&self, signal: &str) {
+        send(signal, &self.processes());
+    }
+
+    fn running(&self) -> PathBuf {
+        self.folder.path().join(".postgres/data/postmaster.pid")
+    }
+
+    fn processes(&self) -> Vec<String> {
+        let file = std::fs::read_to_string(self.running()).expect("the id of its process");
+        let first = file.lines().next().expect("a line");
+        let list = list_of_processes().into_iter();
+        let ours = list.filter(|[id, parent, _]| id == first || parent == first);
+        ours.map(|[id, ..]| id).collect()
+    }
+
+    /// `host:port`.
+    pub fn address(&self) -> &str {
+        let (_, address) = self.url.rsplit_once('@').expect("user:password@address");
+        address.split('/').next().expect("an address")
+    }
+
     pub fn superuser(&self) -> impl Future<Output = Client> {
         connect(&self.config)
     }
@@ -152,6 +219,28 @@ impl Drop for Cluster {
     fn drop(&mut self) {
         succeed(Self::script(self.folder.path(), "down"), "");
     }
+}
+
+fn send(signal: &str, processes: &[String]) {
+    let mut kill = Command::new("kill");
+    kill.arg(signal).args(processes).stderr(Stdio::null());
+    // It fails where a session has ended since.
+    kill.status().expect("kill");
+}
+
+/// The id, parent and state of every process.
+fn list_of_processes() -> Vec<[String; 3]> {
+    let mut list = Command::new("ps");
+    list.args(["-A", "-o", "pid=,ppid=,stat="]);
+    let list = succeed(list, "");
+    let fields = |line: &str| {
+        line.split_whitespace()
+            .map(str::to_owned)
+            .collect::<Vec<_>>()
+    };
+    list.lines()
+        .filter_map(|line| fields(line).try_into().ok())
+        .collect()
 }
 
 /// Runs statements that must succeed.

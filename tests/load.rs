@@ -167,7 +167,7 @@ async fn a_row_that_cannot_be_read_fails_only_those_who_ask_for_it() {
 
 #[tokio::test]
 async fn more_reads_than_may_wait_get_503_at_once() {
-    let (service, mut first, mut clients) = held_up(&[("READ_QUEUE", "3")]).await;
+    let (service, mut first, mut clients) = held_up(&[("QUEUE_SIZE", "3")]).await;
     let mut refused = clients.pop().expect("a client");
     for client in &mut clients {
         client.write(b"GET /listings/2 HTTP/1.1\r\nhost: test\r\n\r\n");
@@ -194,7 +194,7 @@ async fn more_reads_than_may_wait_get_503_at_once() {
 
 #[tokio::test]
 async fn those_who_hang_up_leave_their_place_to_others() {
-    let (service, first, mut clients) = held_up(&[("READ_QUEUE", "3")]).await;
+    let (service, first, mut clients) = held_up(&[("QUEUE_SIZE", "3")]).await;
     let mut patient = clients.pop().expect("a client");
     for client in &mut clients {
         client.write(b"GET /listings/2 HTTP/1.1\r\nhost: test\r\n\r\n");

@@ -3,11 +3,13 @@
 mod capture;
 mod commands;
 mod contract;
+mod failover;
 mod guard;
 mod harness;
 mod input;
 mod load;
 mod migrations;
+mod outage;
 mod problems;
 mod readme;
 mod restore;

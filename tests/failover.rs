@@ -1,0 +1,366 @@
+//! Several servers: a standby takes over, replicas are read.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::harness::{Cluster, rows, run, value};
+use crate::outage::{Link, TWO_SECONDS, over, refused, service, under_load, within};
+use crate::service::{Connection, JSON, LOFT, Response, Service};
+
+/// A primary that acknowledges nothing which its standby has not, and that standby.
+pub async fn pair() -> (Cluster, Cluster) {
+    let primary = Cluster::migrated();
+    let standby = primary.standby();
+    insist_on_a_standby(&primary).await;
+    (primary, standby)
+}
+
+/// From now on a commit waits for a standby. Waits for the one there is.
+pub async fn insist_on_a_standby(primary: &Cluster) {
+    let superuser = primary.superuser().await;
+    run(
+        &superuser,
+        "alter system set synchronous_standby_names = '*'",
+    )
+    .await;
+    run(&superuser, "select pg_reload_conf()").await;
+    let synchronous = "select count(*) from pg_stat_replication where sync_state = 'sync'";
+    let begun = Instant::now();
+    while value(&superuser, synchronous).await != "1" {
+        assert!(begun.elapsed() < Duration::from_secs(20), "no standby");
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
+fn health(service: &Service, path: &str) -> Response {
+    let mut admin = Connection::to(&service.admin_address);
+    admin.write(format!("GET {path} HTTP/1.1\r\nhost: x\r\n\r\n").as_bytes());
+    admin.receive_unchecked("GET")
+}
+
+#[tokio::test]
+async fn writes_reach_a_promoted_standby_and_no_acknowledged_one_is_lost() {
+    for end in ["kill", "pause", "cut"] {
+        let (primary, standby) = pair().await;
+        let (one, two) = (Link::to(&primary), Link::to(&standby));
+        let url = over(&primary, &[&two.address, &one.address]);
+        let service = service(&format!("{url}?target_session_attrs=read-write"), &[]).await;
+        let ready = health(&service, "/health/ready");
+        let report = format!(
+            "ready\nstandby {} is gone: it is read-only\nprimary {} takes reads and writes\n",
+            two.address, one.address
+        );
+        assert_eq!(ready.text(), report);
+        for _ in 0..4 {
+            assert_eq!(service.post(LOFT).status, 201);
+        }
+        let mut replies = under_load(&service, || {
+            thread::sleep(Duration::from_millis(300));
+            match end {
+                "kill" => primary.kill(),
+                "pause" => primary.signal("-STOP"),
+                _ => one.cut(true),
+            }
+            thread::sleep(Duration::from_millis(200));
+            standby.call("promote");
+            within(Duration::from_secs(3), end, || {
+                service.send("PATCH", "/listings/1", JSON, "{}").status == 200
+            });
+            // The former primary, back again, is none of our business any more.
+            match end {
+                "pause" => primary.signal("-CONT"),
+                "cut" => one.cut(false),
+                _ => (),
+            }
+            thread::sleep(Duration::from_millis(500));
+        });
+        refused(&replies);
+        assert_eq!(service.get("/listings/1").status, 200);
+        let report = health(&service, "/health/ready");
+        assert_eq!(report.status, 200, "{}", report.text());
+        assert!(
+            report
+                .text()
+                .contains(&format!("primary {} takes", two.address))
+        );
+
+        // Whoever wrote prices went up from one to the next.
+        let superuser = standby.superuser().await;
+        crate::harness::assert_no_problem(&superuser).await;
+        replies.retain(|(method, reply)| *method == "PATCH" && reply.status == 200);
+        for (_, reply) in &replies {
+            let listing = reply.json();
+            let (id, price) = (&listing["id"], &listing["latest_price_eur"]);
+            let logged = format!(
+                "select count(*) from listing_price_log where listing_id = {id} and new_price = {price}"
+            );
+            assert_ne!(value(&superuser, &logged).await, "0", "{end}: {listing}");
+        }
+        if end != "kill" {
+            // What goes on waiting for a standby there, nobody waits for.
+            let still = "select query from pg_stat_activity where application_name = 'listing-api' \
+                and query !~ 'transaction_read_only' and state = 'idle'";
+            assert_eq!(
+                rows(&primary.superuser().await, still).await,
+                [""; 0],
+                "{end}"
+            );
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_server_that_became_read_only_is_left() {
+    let (primary, standby) = pair().await;
+    let url = over(&primary, &[primary.address(), standby.address()]);
+    let service = service(
+        &format!("{url}?target_session_attrs=read-write"),
+        &[("POOL_WAIT_MS", "500")],
+    )
+    .await;
+    assert_eq!(service.post(LOFT).status, 201);
+    assert_eq!(service.get("/listings/1").status, 200);
+    let superuser = primary.superuser().await;
+    run(
+        &superuser,
+        "alter system set default_transaction_read_only = on",
+    )
+    .await;
+    run(&superuser, "select pg_reload_conf()").await;
+    within(TWO_SECONDS, "a refusal", || {
+        service.send("PATCH", "/listings/1", JSON, "{}").status == 503
+    });
+    within(TWO_SECONDS, "not ready", || {
+        health(&service, "/health/ready").status == 503
+    });
+    let still = "select query from pg_stat_activity where application_name = 'listing-api' and query !~ 'transaction_read_only'";
+    let begun = Instant::now();
+    while !rows(&superuser, still).await.is_empty() {
+        assert!(
+            begun.elapsed() < TWO_SECONDS,
+            "{:?}",
+            rows(&superuser, still).await
+        );
+    }
+    standby.call("promote");
+    run(
+        &standby.superuser().await,
+        "alter system reset synchronous_standby_names",
+    )
+    .await;
+    run(&standby.superuser().await, "select pg_reload_conf()").await;
+    within(Duration::from_secs(3), "a write", || {
+        service.send("PATCH", "/listings/1", JSON, "{}").status == 200
+    });
+    assert_eq!(service.get("/listings/1").status, 200);
+}
+
+/// How often each server was asked for listings or prices by the sessions it has now.
+async fn asked(server: &Cluster) -> bool {
+    let asked = "select count(*) > 0 from pg_stat_activity \
+        where application_name = 'listing-api' and query ~ 'unnest\\(|any\\(\\$1\\)'";
+    value(&server.superuser().await, asked).await == "t"
+}
+
+#[tokio::test]
+async fn replicas_are_read_in_turn_and_those_that_are_down_are_skipped() {
+    let primary = Cluster::migrated();
+    let replicas = [primary.standby(), primary.standby()];
+    let url = over(
+        &primary,
+        &[replicas[0].address(), "127.0.0.1:1", replicas[1].address()],
+    );
+    let service = service(
+        &primary.url,
+        &[("DATABASE_READ_URL", &url), ("WORKERS", "1")],
+    )
+    .await;
+    assert_eq!(service.post(LOFT).status, 201);
+    let read_all = || {
+        for _ in 0..6 {
+            for path in [
+                "/listings/1",
+                "/listings/1/prices",
+                "/listings",
+                "/listings/1/prices?limit=1",
+            ] {
+                assert_eq!(
+                    service.get(path).status,
+                    200,
+                    "{path} {:?}",
+                    service.log().last()
+                );
+            }
+        }
+    };
+    // The listing has to arrive there first: until then the primary answers.
+    for replica in &replicas {
+        let superuser = replica.superuser().await;
+        let begun = Instant::now();
+        while value(&superuser, "select count(*) from listing_price_log").await != "1" {
+            assert!(begun.elapsed() < Duration::from_secs(10));
+        }
+    }
+    read_all();
+    assert!(asked(&replicas[0]).await && asked(&replicas[1]).await);
+    let report = health(&service, "/health/ready");
+    let lines: Vec<_> = report.text().lines().collect();
+    assert_eq!(
+        lines[..2],
+        [
+            "ready",
+            &format!("primary {} takes reads and writes", primary.address())
+        ]
+    );
+    assert!(lines[2].starts_with(&format!(
+        "replica {} takes reads only",
+        replicas[0].address()
+    )));
+    assert!(
+        lines[3].starts_with("replica 127.0.0.1:1 is gone: error connecting to server"),
+        "{lines:?}"
+    );
+
+    replicas[0].call("stop");
+    read_all();
+    replicas[1].kill();
+    read_all();
+    assert!(asked(&primary).await);
+    let metrics = health(&service, "/metrics");
+    for (part, server, up) in [("primary", &primary, 1), ("replica", &replicas[0], 0)] {
+        let line = format!(
+            "database_server_up{{part=\"{part}\",server=\"{}\"}} {up}",
+            server.address()
+        );
+        assert!(
+            metrics.text().lines().any(|given| given == line),
+            "{line} in {}",
+            metrics.text()
+        );
+    }
+    replicas[0].call("up");
+    let line = format!(
+        "database_server_up{{part=\"replica\",server=\"{}\"}} 1",
+        replicas[0].address()
+    );
+    within(TWO_SECONDS, &line, || {
+        health(&service, "/metrics").text().contains(&line)
+    });
+    read_all();
+    assert!(asked(&replicas[0]).await);
+
+    // With the primary gone what is there can be read, and only the primary could say what is not.
+    primary.call("stop");
+    read_all();
+    within(Duration::from_secs(4), "refusals", || {
+        service.get("/listings/7").status == 503 && service.post(LOFT).status == 503
+    });
+    read_all();
+    assert_eq!(health(&service, "/health/ready").status, 503);
+}
+
+#[tokio::test]
+async fn a_replica_that_lags_never_contradicts_what_a_client_wrote() {
+    let primary = Cluster::migrated();
+    let replica = primary.standby();
+    let settings = [
+        ("DATABASE_READ_URL", &*replica.url),
+        ("REPLICA_LAG_MS", "2000"),
+    ];
+    let service = service(&primary.url, &settings).await;
+    let old = service.post(LOFT);
+    let old_etag = old.header("etag").expect("an ETag").to_owned();
+    let replaying = replica.superuser().await;
+    let begun = Instant::now();
+    while value(&replaying, "select count(*) from listing_price_log").await != "1" {
+        assert!(begun.elapsed() < Duration::from_secs(10));
+    }
+    run(&replaying, "select pg_wal_replay_pause()").await;
+    while value(&replaying, "select pg_get_wal_replay_pause_state()").await != "paused" {
+        assert!(begun.elapsed() < Duration::from_secs(10));
+    }
+    let written = service.send("PATCH", "/listings/1", JSON, r#"{"latest_price_eur":1}"#);
+    let etag = written.header("etag").expect("an ETag").to_owned();
+    let behind = Instant::now();
+    // Without a word about what it has seen, a client may be told what was.
+    assert_eq!(
+        service.get("/listings/1").json()["latest_price_eur"],
+        480_000
+    );
+    assert_eq!(
+        service
+            .get("/listings/1/prices")
+            .json()
+            .as_array()
+            .map(Vec::len),
+        Some(1)
+    );
+    assert_eq!(service.get("/listings/1").header("etag"), Some(&*old_etag));
+    // With it, it is told by the primary.
+    let seen = |etag: &str| format!("if-none-match: {etag}\r\n");
+    assert_eq!(
+        service.send("GET", "/listings/1", &seen(&etag), "").status,
+        304
+    );
+    for path in ["/listings/1/prices", "/listings/1/prices?limit=9"] {
+        let prices = service.send("GET", path, &seen(&etag), "");
+        assert_eq!(prices.json().as_array().map(Vec::len), Some(2), "{path}");
+    }
+    assert_eq!(
+        service
+            .send("GET", "/listings/1", &seen(&old_etag), "")
+            .status,
+        304
+    );
+    // A new listing is there for everybody, and so is its history.
+    assert_eq!(service.post(LOFT).id(), 2);
+    assert_eq!(service.get("/listings/2").status, 200);
+    assert_eq!(
+        service
+            .get("/listings/2/prices")
+            .json()
+            .as_array()
+            .map(Vec::len),
+        Some(1)
+    );
+    assert_eq!(service.get("/listings/3").status, 404);
+    assert!(
+        behind.elapsed() < TWO_SECONDS,
+        "too slow to tell: the replica is not asked any more"
+    );
+
+    // Further behind than allowed, it is not asked.
+    within(Duration::from_secs(4), "the new price", || {
+        service.get("/listings/1").json()["latest_price_eur"] == 1
+    });
+    let metrics = health(&service, "/metrics");
+    let name = format!(
+        "database_server_lag_seconds{{part=\"replica\",server=\"{}\"}} ",
+        replica.address()
+    );
+    let lag = metrics
+        .text()
+        .lines()
+        .find_map(|line| line.strip_prefix(&name));
+    let lag: f64 = lag.expect("the lag").parse().expect("seconds");
+    assert!(
+        lag > 2.0 && lag <= behind.elapsed().as_secs_f64() + 0.5,
+        "{lag}"
+    );
+    assert!(
+        health(&service, "/health/ready")
+            .text()
+            .contains(" s behind")
+    );
+
+    run(&replaying, "select pg_wal_replay_resume()").await;
+    within(TWO_SECONDS, "the replica", || {
+        health(&service, "/health/ready")
+            .text()
+            .ends_with("takes reads only\n")
+    });
+    assert_eq!(
+        service.send("GET", "/listings/1", &seen(&etag), "").status,
+        304
+    );
+}
