@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use deadpool_postgres::{
     Connect, Manager, ManagerConfig, Object, Pool, PoolError, RecyclingMethod, Runtime, Status,
@@ -156,6 +156,7 @@ impl Database {
         writes: bool,
     ) -> Result<Vec<Row>, ApiError> {
         let mut retried = false;
+        let mut lost_at = None;
         loop {
             let place = self.queue.try_acquire().map_err(ApiError::crowded)?;
             let (server, writable) = self.available().await?;
@@ -169,6 +170,14 @@ impl Database {
                 tls: &self.tls,
             };
             let client = match connected {
+                Ok(client)
+                    if lost_at
+                        .is_some_and(|lost_at| Object::metrics(&client).created < lost_at) =>
+                {
+                    // Likely lost as well.
+                    drop(Object::take(client));
+                    continue;
+                }
                 Ok(client) => busy.client.insert(client),
                 Err(PoolError::Backend(error)) if connection_is_lost(&error) && !retried => {
                     server.doubt();
@@ -191,8 +200,7 @@ impl Database {
             let lost = connection_is_lost(&error);
             if lost {
                 server.doubt();
-                // Those which nobody uses are likely lost as well.
-                self.pool.retain(|_, _| false);
+                lost_at = Some(Instant::now());
             } else {
                 busy.give_back();
             }

@@ -1,5 +1,6 @@
 //! Settings, check of the schema, serve, stop.
 
+use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -13,6 +14,7 @@ use actix_web::middleware::{Compress, Logger, from_fn};
 use actix_web::rt::net::TcpStream;
 use actix_web::web::Data;
 use actix_web::{App, HttpServer, rt};
+use tokio::net::TcpSocket;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::admin::{self, Stopping};
@@ -177,11 +179,20 @@ fn serve(
 
 /// A listener and its address, which port 0 leaves to the system.
 fn bind(name: &str, address: SocketAddr) -> Result<(TcpListener, SocketAddr), String> {
-    let bound = TcpListener::bind(address).and_then(|listener| {
+    /// Connections that wait to be accepted. With the 128 of the standard library, a crowd waits a second for its next try.
+    const BACKLOG: u32 = 4096;
+    let bound = || {
+        let socket = match address {
+            SocketAddr::V4(_) => TcpSocket::new_v4()?,
+            SocketAddr::V6(_) => TcpSocket::new_v6()?,
+        };
+        socket.set_reuseaddr(true)?;
+        socket.bind(address)?;
+        let listener = socket.listen(BACKLOG)?.into_std()?;
         let address = listener.local_addr()?;
         Ok((listener, address))
-    });
-    bound.map_err(|error| format!("cannot listen on {name}={address}: {error}"))
+    };
+    bound().map_err(|error: io::Error| format!("cannot listen on {name}={address}: {error}"))
 }
 
 /// Ends at the first SIGTERM or SIGINT.

@@ -155,7 +155,8 @@ impl Servers {
         loop {
             tokio::select! {
                 () = sleep(INTERVAL) => (),
-                () = server.doubt.notified() => (),
+                // A server that is shutting down may still answer those whom it knows.
+                () = server.doubt.notified() => session = None,
             }
             let mut asked = std::pin::pin!(server.ask(&mut session));
             let answer = if let Ok(answer) = timeout_at(server.end_of_patience(), &mut asked).await

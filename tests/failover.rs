@@ -32,7 +32,7 @@ pub async fn insist_on_a_standby(primary: &Cluster) {
     }
 }
 
-fn health(service: &Service, path: &str) -> Response {
+pub fn health(service: &Service, path: &str) -> Response {
     let mut admin = Connection::to(&service.admin_address);
     admin.write(format!("GET {path} HTTP/1.1\r\nhost: x\r\n\r\n").as_bytes());
     admin.receive_unchecked("GET")

@@ -13,6 +13,7 @@ mod outage;
 mod problems;
 mod readme;
 mod restore;
+mod rollout;
 mod service;
 mod start;
 mod truth;

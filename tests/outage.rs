@@ -196,7 +196,7 @@ pub fn under_load(service: &Service, something: impl FnOnce()) -> Vec<(&'static 
     })
 }
 
-struct Finally<F: Fn()>(F);
+pub struct Finally<F: Fn()>(pub F);
 
 impl<F: Fn()> Drop for Finally<F> {
     fn drop(&mut self) {

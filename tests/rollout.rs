@@ -1,0 +1,226 @@
+//! More of everything: several instances behind a proxy, and more requests than can be served.
+
+use std::io::Write;
+use std::net::TcpListener;
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use crate::failover::health;
+use crate::harness::{Database, OTHER_COLUMNS, OTHER_VALUES, run, value};
+use crate::outage::{Finally, Reply, TWO_SECONDS, ask, within};
+use crate::service::{Connection, JSON, LOFT, Service};
+use crate::start::{WAITING, wait_for};
+
+/// An address that nobody uses.
+fn free_address() -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a listener");
+    listener.local_addr().expect("its address").to_string()
+}
+
+/// HAProxy in front of instances, as the README has it.
+struct Proxy {
+    address: String,
+    child: Child,
+}
+
+impl Proxy {
+    fn start(instances: &[[String; 2]]) -> Self {
+        let address = free_address();
+        let readme = std::fs::read_to_string(crate::harness::in_checkout("README.md"));
+        let readme = readme.expect("the README");
+        let (_, config) = readme.split_once("```haproxy\n").expect("a configuration");
+        let (config, _) = config.split_once("```").expect("its end");
+        let mut config = config.replace("bind :80\n", &format!("bind {address}\n"));
+        let listed = ["10.0.0.1", "10.0.0.2"]
+            .map(|host| [format!("{host}:8080"), format!("{host} port 8081")]);
+        for ([api, admin], [listen, check]) in instances.iter().zip(listed) {
+            assert!(config.contains(&listen), "{config}");
+            let (host, port) = admin.split_once(':').expect("host:port");
+            config = config
+                .replace(&listen, api)
+                .replace(&check, &format!("{host} port {port}"));
+        }
+        let mut child = Command::new("haproxy")
+            .args(["-db", "-f", "/dev/stdin"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("haproxy: install it (apt-get install haproxy, brew install haproxy)");
+        let mut stdin = child.stdin.take().expect("a pipe");
+        stdin.write_all(config.as_bytes()).expect("a configuration");
+        Self { address, child }
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        self.child.kill().expect("its end");
+        self.child.wait().expect("its end");
+    }
+}
+
+#[tokio::test]
+async fn a_rolling_restart_behind_a_proxy_fails_no_request() {
+    let addresses = [
+        [free_address(), free_address()],
+        [free_address(), free_address()],
+    ];
+    let db = Database::migrated().await;
+    let url = crate::service::service_url(&db).await;
+    let mut databases = Vec::new();
+    for _ in 0..4 {
+        databases.push(Database::empty().await);
+    }
+    let start = |[api, admin]: &[String; 2], db| {
+        let settings = [
+            ("LISTEN_ADDR", &**api),
+            ("ADMIN_ADDR", admin),
+            ("SHUTDOWN_DELAY_MS", "1000"),
+        ];
+        Service::start_at(&url, db, &settings)
+    };
+    let mut instances: Vec<_> = addresses
+        .iter()
+        .map(|addresses| start(addresses, databases.pop().expect("one more")))
+        .collect();
+    instances[0].post(LOFT);
+    let proxy = Proxy::start(&addresses);
+    let both =
+        || ask(&proxy.address, "GET", "/listings/1", "", "").is_ok_and(|reply| reply.status == 200);
+    within(Duration::from_secs(10), "the proxy", both);
+
+    let (done, served) = (AtomicBool::new(false), AtomicUsize::new(0));
+    thread::scope(|scope| {
+        let clients: Vec<_> = (0..4)
+            .map(|client| {
+                let (done, served, proxy) = (&done, &served, &proxy);
+                scope.spawn(move || {
+                    // Half of them connect anew for each request.
+                    let mut connection = Connection::to(&proxy.address);
+                    for turn in 0.. {
+                        if done.load(Ordering::Relaxed) {
+                            return;
+                        }
+                        let method = ["GET", "PATCH"][turn % 2];
+                        let body = ["", r#"{"rooms_count":2}"#][turn % 2];
+                        let status = if client % 2 == 0 {
+                            connection.send(method, "/listings/1", JSON, body).status
+                        } else {
+                            let reply = ask(&proxy.address, method, "/listings/1", JSON, body);
+                            reply.expect("an answer").status
+                        };
+                        assert_eq!(status, 200);
+                        served.fetch_add(1, Ordering::Relaxed);
+                    }
+                })
+            })
+            .collect();
+        let end = Finally(|| done.store(true, Ordering::Relaxed));
+        for addresses in &addresses {
+            let mut instance = instances.remove(0);
+            instance.signal("-TERM");
+            assert_eq!(instance.wait(), Some(0));
+            instances.push(start(addresses, databases.pop().expect("one more")));
+            let ready = || health(&instances[1], "/health/ready").status == 200;
+            within(TWO_SECONDS, "ready", ready);
+            // Longer than the proxy takes to see it.
+            thread::sleep(Duration::from_secs(1));
+        }
+        drop(end);
+        for client in clients {
+            client.join().expect("no failure");
+        }
+    });
+    assert!(served.load(Ordering::Relaxed) > 100);
+}
+
+/// Requests of this many clients at once, each on a connection of its own.
+fn crowd(service: &Service, size: usize, path: impl Fn(usize) -> String) -> Vec<JoinHandle<Reply>> {
+    let client = |number| {
+        let (address, path) = (service.address.clone(), path(number));
+        thread::spawn(move || ask(&address, "PATCH", &path, JSON, "{}").expect("an answer"))
+    };
+    (0..size).map(client).collect()
+}
+
+#[tokio::test]
+async fn a_locked_listing_delays_its_own_writers_alone() {
+    let settings = [("POOL_SIZE", "4"), ("WORKERS", "2")];
+    let service = Service::start_with(Database::migrated().await, &settings).await;
+    service.post(LOFT);
+    service.post(LOFT);
+    run(
+        &service.db.superuser,
+        "begin; update listing set price = 1 where id = 1",
+    )
+    .await;
+    let delayed = crowd(&service, 40, |_| "/listings/1".to_owned());
+    let few = format!("select ({WAITING}) between 1 and 2");
+    wait_for(&service, &few, "t").await;
+    for _ in 0..50 {
+        for (method, path) in [
+            ("PATCH", "/listings/2"),
+            ("GET", "/listings/1"),
+            ("GET", "/listings?limit=1"),
+        ] {
+            let reply = ask(&service.address, method, path, JSON, "{}").expect("an answer");
+            assert_eq!(reply.status, 200);
+            assert!(reply.took < Duration::from_secs(1), "{reply:?}");
+        }
+    }
+    // One on each worker. The others wait for their turn without a connection.
+    assert_eq!(value(&service.db.connect().await, &few).await, "t");
+    run(&service.db.superuser, "rollback").await;
+    for delayed in delayed {
+        let reply = delayed.join().expect("a reply");
+        assert!([200, 503].contains(&reply.status), "{reply:?}");
+    }
+    assert_eq!(service.send("PATCH", "/listings/1", JSON, "{}").status, 200);
+}
+
+#[tokio::test]
+async fn more_requests_than_can_wait_are_refused_at_once_and_it_recovers_at_once() {
+    let settings = [("POOL_SIZE", "4"), ("WORKERS", "1"), ("QUEUE_SIZE", "50")];
+    let service = Service::start_with(Database::migrated().await, &settings).await;
+    let listings = format!(
+        "insert into listing (price, {OTHER_COLUMNS}) select id, {OTHER_VALUES} from generate_series(1, 1000) as id"
+    );
+    run(&service.db.superuser, &listings).await;
+    run(&service.db.superuser, "begin; lock table listing").await;
+    let crowd = crowd(&service, 800, |number| format!("/listings/{}", number + 1));
+    let replies: Vec<_> = crowd
+        .into_iter()
+        .map(|client| client.join().expect("a reply"))
+        .collect();
+    let refused: Vec<_> = replies
+        .iter()
+        .filter(|reply| reply.status == 503 && reply.body.contains("too many requests"))
+        .collect();
+    // While the four connections are made, those who wait for them take four of the places.
+    assert!((746..=750).contains(&refused.len()), "{}", refused.len());
+    let retry = |reply: &&Reply| reply.header("retry-after") == Some("1");
+    assert!(refused.iter().all(retry));
+    // Two seconds for a connection, or five for the statement.
+    let longest = replies.iter().map(|reply| reply.took).max();
+    assert!(longest < Some(Duration::from_secs(7)), "{longest:?}");
+    let slow = refused
+        .iter()
+        .filter(|reply| reply.took > Duration::from_secs(1))
+        .count();
+    assert_eq!(slow, 0);
+    assert!(
+        service.resident_kib() < 128 * 1024,
+        "{} KiB",
+        service.resident_kib()
+    );
+    run(&service.db.superuser, "rollback").await;
+    let begun = Instant::now();
+    for reply in self::crowd(&service, 50, |number| format!("/listings/{}", number + 1)) {
+        let reply = reply.join().expect("a reply");
+        assert_eq!(reply.status, 200, "{reply:?}");
+    }
+    assert!(begun.elapsed() < TWO_SECONDS, "{:?}", begun.elapsed());
+}
