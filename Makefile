@@ -40,6 +40,11 @@ bench: $(REFINERY) ## Measure how fast the service is, and what the price histor
 	@REFINERY="$(CURDIR)/$(REFINERY)" benches/speed.sh
 	@url=$$(tests/db.sh up) && DATABASE_URL=$$url REFINERY="$(CURDIR)/$(REFINERY)" benches/trigger_cost.sh
 
+.PHONY: chaos
+chaos: $(REFINERY) ## Kill, pause, cut off and promote servers for two minutes, and prove that no promise was broken
+	@url=$$(tests/db.sh up) && DATABASE_URL=$$url REFINERY="$(CURDIR)/$(REFINERY)" CHAOS_SECONDS=$${CHAOS_SECONDS:-120} \
+		cargo test --locked --quiet --test tests -- --nocapture chaos::
+
 .PHONY: fuzz
 fuzz: $(REFINERY) $(SCHEMATHESIS) ## Send the service what its own OpenAPI document suggests, and worse
 	@cargo build --locked

@@ -153,6 +153,8 @@ follow() {
     [ ! -f "$home/server" ] || fail "there is a cluster in $home already"
     make_home "$(echo "$1" | sed 's|.*://[^:]*:\([^@]*\)@.*|\1|')"
     as_server "$server/pg_basebackup" --dbname="$1" --pgdata="$reach/data" --checkpoint=fast --no-sync --write-recovery-conf
+    # With the usual five seconds, a primary that came back waits as long for its standby.
+    echo "wal_retrieve_retry_interval = '100ms'" >> "$home/data/postgresql.auto.conf"
     echo "$server" > "$home/server"
     up
 }

@@ -1,6 +1,7 @@
 //! All tests, in one program: they share one template database and run side by side, each on a database of its own.
 
 mod capture;
+mod chaos;
 mod commands;
 mod contract;
 mod failover;

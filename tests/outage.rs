@@ -2,8 +2,8 @@
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -20,6 +20,7 @@ pub struct Link {
 
 #[derive(Default)]
 struct LinkState {
+    server: Mutex<String>,
     cut: AtomicBool,
     connections: AtomicUsize,
 }
@@ -28,16 +29,15 @@ impl Link {
     pub fn to(server: &Cluster) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a listener");
         let address = listener.local_addr().expect("its address").to_string();
-        let server = server.address().to_owned();
         let state = Arc::new(LinkState::default());
         let shared = state.clone();
         thread::spawn(move || {
             for near in listener.incoming() {
                 let (near, state) = (near.expect("a connection"), shared.clone());
                 state.connections.fetch_add(1, Ordering::Relaxed);
-                let server = server.clone();
                 thread::spawn(move || {
                     state.wait();
+                    let server = state.server.lock().expect("a lock").clone();
                     // A server that refuses is seen as one that hangs up at once.
                     let Ok(far) = TcpStream::connect(server) else {
                         return;
@@ -48,7 +48,15 @@ impl Link {
                 });
             }
         });
-        Self { address, state }
+        let link = Self { address, state };
+        link.lead_to(server);
+        link
+    }
+
+    pub fn lead_to(&self, server: &Cluster) {
+        server
+            .address()
+            .clone_into(&mut self.state.server.lock().expect("a lock"));
     }
 
     pub fn cut(&self, cut: bool) {

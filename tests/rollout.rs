@@ -14,7 +14,7 @@ use crate::service::{Connection, JSON, LOFT, Service};
 use crate::start::{WAITING, wait_for};
 
 /// An address that nobody uses.
-fn free_address() -> String {
+pub fn free_address() -> String {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a listener");
     listener.local_addr().expect("its address").to_string()
 }
