@@ -216,8 +216,9 @@ impl Database {
         }
     }
 
-    /// Why this service cannot work with the schema that it found, in a sentence that names the mend.
-    pub async fn check_schema(&self) -> Result<(), String> {
+    /// Why this service cannot work with the schema that it found, in a sentence that names the mend. Or, where it can, the
+    /// first migration that this release does not know: the schema is upgraded before the service.
+    pub async fn check_schema(&self) -> Result<Option<String>, String> {
         let unreachable = |error: ApiError| {
             format!(
                 "cannot connect to the database: {error}: check that it runs, and host, port, user and password in DATABASE_URL"
@@ -272,12 +273,8 @@ impl Database {
                 "the database is behind, it lacks {behind}: {migrate}"
             ));
         }
-        if let Some((version, name, _)) = applied.get(built.len()) {
-            return Err(format!(
-                "the database is ahead, it has V{version}__{name}: run a newer release of the service"
-            ));
-        }
-        Ok(())
+        let ahead = applied.get(built.len());
+        Ok(ahead.map(|(version, name, _)| format!("V{version}__{name}")))
     }
 }
 

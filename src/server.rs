@@ -36,7 +36,7 @@ pub async fn run(check_only: bool) -> Result<(), String> {
     let tls = tls(&settings)?;
     let servers = Servers::watch(&settings, &tls).await?;
     let database = Data::new(Database::new(&settings, &tls, servers.primary(), 1)?);
-    if let Err(reason) = database.check_schema().await {
+    let ahead = database.check_schema().await.map_err(|reason| {
         let servers = servers.report();
         let states = servers
             .iter()
@@ -46,7 +46,12 @@ pub async fn run(check_only: bool) -> Result<(), String> {
         } else {
             String::new()
         };
-        return Err(reason + &states);
+        reason + &states
+    })?;
+    if let Some(ahead) = ahead {
+        log::warn!(
+            "the database has {ahead}, which this release does not know: a newer one is on its way"
+        );
     }
     if check_only {
         for (part, server) in servers.report() {

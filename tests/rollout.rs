@@ -7,6 +7,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use serde_json::json;
+
 use crate::failover::health;
 use crate::harness::{Database, OTHER_COLUMNS, OTHER_VALUES, run, value};
 use crate::outage::{Finally, Reply, TWO_SECONDS, ask, within};
@@ -92,6 +94,9 @@ async fn a_rolling_restart_behind_a_proxy_fails_no_request() {
         || ask(&proxy.address, "GET", "/listings/1", "", "").is_ok_and(|reply| reply.status == 200);
     within(Duration::from_secs(10), "the proxy", both);
 
+    // The schema is upgraded first: what serves goes on serving, and what starts before its own upgrade starts.
+    let ahead = "insert into refinery_schema_history values (99, 'from_the_future', '2026-01-01T00:00:00Z', '1')";
+    run(&db.superuser, ahead).await;
     let (done, served) = (AtomicBool::new(false), AtomicUsize::new(0));
     thread::scope(|scope| {
         let clients: Vec<_> = (0..4)
@@ -135,6 +140,34 @@ async fn a_rolling_restart_behind_a_proxy_fails_no_request() {
         }
     });
     assert!(served.load(Ordering::Relaxed) > 100);
+    let warned = "the database has V99__from_the_future, which this release does not know: a newer one is on its way";
+    assert_eq!(instances[0].logged(warned).len(), 1);
+
+    // Where none is ready, because the database takes no writes, they are asked all the same: they say it better than a proxy.
+    let read_only = format!(
+        "alter database {} set default_transaction_read_only = on",
+        db.name
+    );
+    let end = "select pg_terminate_backend(pid) from pg_stat_activity where application_name = 'listing-api' \
+        and datname = current_database()";
+    run(&db.superuser, &format!("{read_only}; {end}")).await;
+    for instance in &instances {
+        within(TWO_SECONDS, "not ready", || {
+            health(instance, "/health/ready").status == 503
+        });
+    }
+    let message =
+        json!({"message": "the database cannot be reached at the moment, try again later"});
+    within(TWO_SECONDS, "a refusal by the service", || {
+        let refused = ask(&proxy.address, "PATCH", "/listings/1", JSON, "{}").expect("an answer");
+        (refused.status, refused.json()) == (503, message.clone())
+    });
+    assert_eq!(
+        ask(&proxy.address, "GET", "/listings/1", "", "")
+            .expect("an answer")
+            .status,
+        200
+    );
 }
 
 /// Requests of this many clients at once, each on a connection of its own.

@@ -124,12 +124,6 @@ async fn a_database_that_does_not_fit_is_refused_with_the_mend() {
 
     let db = Database::migrated().await;
     let url = service_url(&db).await;
-    let ahead = "insert into refinery_schema_history values (99, 'from_the_future', '2026-01-01T00:00:00Z', '1')";
-    run(&db.superuser, ahead).await;
-    assert_refuses(
-        command(&url),
-        "the database is ahead, it has V99__from_the_future: run a newer release of the service",
-    );
     run(
         &db.superuser,
         "delete from refinery_schema_history where version >= 5",
