@@ -273,6 +273,36 @@ async fn a_restart_of_the_database_costs_time_and_no_error() {
 }
 
 #[tokio::test]
+async fn a_write_whose_answer_got_lost_is_not_repeated() {
+    let cluster = Cluster::migrated();
+    let service = with_four_listings(&cluster.url, &[("POOL_WAIT_MS", "20000")]).await;
+    // The write is done, but its answer waits for a standby that is nowhere.
+    let superuser = cluster.superuser().await;
+    run(
+        &superuser,
+        "alter system set synchronous_standby_names = 'nobody'",
+    )
+    .await;
+    run(&superuser, "select pg_reload_conf()").await;
+    let address = service.address.clone();
+    let client = thread::spawn(move || ask(&address, "POST", "/listings", JSON, LOFT));
+    let begun = Instant::now();
+    let waiting = "select count(*) from pg_stat_activity where wait_event = 'SyncRep'";
+    while value(&superuser, waiting).await != "1" {
+        assert!(
+            begun.elapsed() < Duration::from_secs(5),
+            "no wait for a standby"
+        );
+    }
+    cluster.kill();
+    cluster.call("up");
+    let reply = client.join().expect("a client");
+    assert_eq!(reply.expect("an answer").status, 503);
+    let superuser = cluster.superuser().await;
+    assert_eq!(value(&superuser, "select count(*) from listing").await, "5");
+}
+
+#[tokio::test]
 async fn a_database_that_is_down_is_not_crowded_by_those_who_wait_for_it() {
     let cluster = Cluster::migrated();
     let link = Link::to(&cluster);

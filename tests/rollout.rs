@@ -33,7 +33,7 @@ impl Proxy {
         let readme = std::fs::read_to_string(crate::harness::in_checkout("README.md"));
         let readme = readme.expect("the README");
         let (_, config) = readme.split_once("```haproxy\n").expect("a configuration");
-        let (config, _) = config.split_once("```").expect("its end");
+        let (config, _) = config.split_once("   ```").expect("its end");
         let mut config = config.replace("bind :80\n", &format!("bind {address}\n"));
         let listed = ["10.0.0.1", "10.0.0.2"]
             .map(|host| [format!("{host}:8080"), format!("{host} port 8081")]);
