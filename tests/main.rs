@@ -11,6 +11,7 @@ mod input;
 mod load;
 mod migrations;
 mod outage;
+mod owners;
 mod problems;
 mod readme;
 mod restore;

@@ -320,7 +320,8 @@ async fn everything_that_a_dba_meets_explains_itself() {
         union all select proname from pg_proc where pronamespace = 'public'::regnamespace \
             and obj_description(oid, 'pg_proc') is null \
         union all select tgname from pg_trigger where not tgisinternal and obj_description(oid, 'pg_trigger') is null \
-        union all select attname from pg_attribute where attrelid = 'listing_price_log'::regclass and attnum > 0 \
+        union all select attname from pg_attribute where attrelid in ('listing_price_log'::regclass, 'api_key'::regclass) \
+            and attnum > 0 \
             and col_description(attrelid, attnum) is null";
     assert_eq!(rows(&db.superuser, silent).await, [""; 0]);
 }
