@@ -52,6 +52,14 @@ impl ApiError {
         )
     }
 
+    /// The message says what to mend in the header, and never whether a key once was valid.
+    pub fn unauthorized(message: &str) -> Self {
+        Self::new(
+            StatusCode::UNAUTHORIZED,
+            format!("authorization: {message}"),
+        )
+    }
+
     pub fn unavailable(cause: impl Display) -> Self {
         let message = "the database cannot be reached at the moment, try again later";
         Self::new(StatusCode::SERVICE_UNAVAILABLE, message).because(cause)
@@ -116,6 +124,9 @@ impl ResponseError for ApiError {
         builder.insert_header((header::CACHE_CONTROL, "no-store"));
         if self.status == StatusCode::SERVICE_UNAVAILABLE {
             builder.insert_header((header::RETRY_AFTER, "1"));
+        }
+        if self.status == StatusCode::UNAUTHORIZED {
+            builder.insert_header((header::WWW_AUTHENTICATE, "Bearer"));
         }
         let mut response = builder.json(Body {
             message: &self.message,

@@ -7,6 +7,7 @@
 //! - [`json`], [`parameters`], [`conditions`]: what clients send, checked. [`euros`]: exact money. [`pages`]: long lists.
 //! - [`servers`]: which of them is the primary, who can be read. [`database`]: the pool for writes and lists, the check of the
 //!   schema. [`reader`]: reads by id, shared.
+//! - [`keys`]: who may write, and as whom.
 //! - [`error`]: from every failure to a status and a message. [`edge`] and [`wire`]: what every response shares.
 //! - [`admin`] and [`metrics`]: for operators. [`docs`]: for consumers.
 
@@ -18,6 +19,7 @@ mod edge;
 mod error;
 mod euros;
 mod json;
+mod keys;
 mod listings;
 mod metrics;
 mod pages;

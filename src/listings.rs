@@ -13,6 +13,7 @@ use crate::database::Database;
 use crate::error::ApiError;
 use crate::euros::Euros;
 use crate::json::{self, Moment, Object, Problems};
+use crate::keys::{Keys, Writer};
 use crate::pages;
 use crate::parameters::Parameters;
 use crate::reader::{Reader, Rows, Source};
@@ -184,19 +185,41 @@ pub fn id(text: &str) -> Result<i32, ApiError> {
     id.ok_or_else(|| ApiError::no_listing(text))
 }
 
+/// A value of the row to be written which, on the way, says who writes it: so it is said before any trigger fires, and for
+/// this statement alone.
+macro_rules! written_by {
+    ($actor:literal, $value:literal) => {
+        concat!(
+            "case when ",
+            $actor,
+            "::text is null or set_config('listing.actor', ",
+            $actor,
+            ", true) is not null \
+             then ",
+            $value,
+            " end"
+        )
+    };
+}
+
 const INSERT: &str = concat!(
     "insert into public.listing (name, street_address, postal_code, city, country, description, building_type, \
-     price, surface_area_m2, rooms_count, bedrooms_count, contact_phone_number) \
-     values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12) returning ",
+     price, surface_area_m2, rooms_count, bedrooms_count, contact_phone_number, owner) \
+     values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, ",
+    written_by!("$14", "$13::text"),
+    ") returning ",
     columns!()
 );
 
 pub async fn create(
     request: HttpRequest,
     payload: web::Payload,
+    keys: web::Data<Keys>,
     database: web::Data<Database>,
 ) -> Result<HttpResponse, ApiError> {
-    let body = json::read(payload).await?;
+    let body = json::read(payload).await;
+    let writer = keys.writer(&request).await?;
+    let body = body?;
     json::require_type(&request, &["application/json"])?;
     let Input {
         name,
@@ -212,6 +235,7 @@ pub async fn create(
         bedrooms_count,
         contact_phone_number,
     } = Input::parse(&body, true)?;
+    let Writer { owner, actor } = writer;
     let rows = database
         .write(
             None,
@@ -229,6 +253,8 @@ pub async fn create(
                 &rooms_count,
                 &bedrooms_count,
                 &contact_phone_number.flatten(),
+                &owner,
+                &actor,
             ],
         )
         .await?;
@@ -274,34 +300,42 @@ pub async fn replace(
     request: HttpRequest,
     path: web::Path<String>,
     payload: web::Payload,
+    keys: web::Data<Keys>,
     database: web::Data<Database>,
 ) -> Result<HttpResponse, ApiError> {
-    let body = json::read(payload).await?;
+    let body = json::read(payload).await;
+    let writer = keys.writer(&request).await?;
+    let body = body?;
     let id = id(&path)?;
     json::require_type(&request, &["application/json"])?;
     let mut input = Input::parse(&body, true)?;
     // A replacement that names no number takes it away.
     input.contact_phone_number.get_or_insert(None);
-    update(&request, &database, id, input).await
+    update(&request, &database, writer, id, input).await
 }
 
 pub async fn patch(
     request: HttpRequest,
     path: web::Path<String>,
     payload: web::Payload,
+    keys: web::Data<Keys>,
     database: web::Data<Database>,
 ) -> Result<HttpResponse, ApiError> {
-    let body = json::read(payload).await?;
+    let body = json::read(payload).await;
+    let writer = keys.writer(&request).await?;
+    let body = body?;
     let id = id(&path)?;
     json::require_type(
         &request,
         &["application/merge-patch+json", "application/json"],
     )?;
-    update(&request, &database, id, Input::parse(&body, false)?).await
+    let input = Input::parse(&body, false)?;
+    update(&request, &database, writer, id, input).await
 }
 
-/// Changes what is given, if the row still is what the client has seen: both in one statement, so that of two who saw the
-/// same, one wins.
+/// Changes what is given, if the row still is what the client has seen, and still the writer's: all in one statement, so that
+/// of two who saw the same, one wins, and so that a listing handed over meanwhile is safe. Where the statement waits for
+/// another's, PostgreSQL holds these conditions against the row as that one left it.
 const UPDATE: &str = concat!(
     "update public.listing set \
      name = coalesce($3, name), \
@@ -316,14 +350,16 @@ const UPDATE: &str = concat!(
      rooms_count = coalesce($12, rooms_count), \
      bedrooms_count = coalesce($13, bedrooms_count), \
      contact_phone_number = case when $14 then $15 else contact_phone_number end, \
-     updated_date = now() \
-     where id = $1 and ($2::text[] is null or xmin::text = any($2)) returning ",
+     updated_date = ",
+    written_by!("$17", "now()"),
+    " where id = $1 and ($2::text[] is null or xmin::text = any($2)) and ($16::text is null or owner = $16) returning ",
     columns!()
 );
 
 async fn update(
     request: &HttpRequest,
     database: &Database,
+    writer: Writer,
     id: i32,
     input: Input,
 ) -> Result<HttpResponse, ApiError> {
@@ -341,6 +377,7 @@ async fn update(
         bedrooms_count,
         contact_phone_number,
     } = input;
+    let Writer { owner, actor } = writer;
     let if_match = IfMatch::of(request);
     let rows = database
         .write(
@@ -362,48 +399,69 @@ async fn update(
                 &bedrooms_count,
                 &contact_phone_number.is_some(),
                 &contact_phone_number.flatten(),
+                &owner,
+                &actor,
             ],
         )
         .await?;
     match rows.first() {
         Some(row) => respond(row, StatusCode::OK),
-        None => Err(why_not(database, id, &if_match).await),
+        None => Err(why_not(database, id, &if_match, owner.as_deref()).await),
     }
 }
+
+const DELETE: &str = "delete from public.listing \
+    where id = $1 and ($2::text[] is null or xmin::text = any($2)) and ($3::text is null or owner = $3) returning id";
 
 pub async fn delete(
     request: HttpRequest,
     path: web::Path<String>,
+    keys: web::Data<Keys>,
     database: web::Data<Database>,
 ) -> Result<HttpResponse, ApiError> {
+    // The history goes with the listing, so nobody is to stand in it.
+    let Writer { owner, actor: _ } = keys.writer(&request).await?;
     let id = id(&path)?;
     let if_match = IfMatch::of(&request);
-    let sql = "delete from public.listing where id = $1 and ($2::text[] is null or xmin::text = any($2)) returning id";
     match database
-        .write(Some(id), sql, &[&id, &if_match.versions()])
+        .write(Some(id), DELETE, &[&id, &if_match.versions(), &owner])
         .await?
         .first()
     {
         Some(_) => Ok(HttpResponse::NoContent().finish()),
-        None => Err(why_not(&database, id, &if_match).await),
+        None => Err(why_not(&database, id, &if_match, owner.as_deref()).await),
     }
 }
 
-/// Why a write found no row: nothing there, or not what the client has seen.
-async fn why_not(database: &Database, id: i32, if_match: &IfMatch) -> ApiError {
-    if if_match.versions().is_none() {
+const IS_THEIRS: &str = "select $2::text is null or owner is not distinct from $2 as is_theirs \
+    from public.listing where id = $1";
+
+/// Why a write found no row: nothing there, not the writer's, or not what the client has seen.
+async fn why_not(
+    database: &Database,
+    id: i32,
+    if_match: &IfMatch,
+    owner: Option<&str>,
+) -> ApiError {
+    if if_match.versions().is_none() && owner.is_none() {
         return ApiError::no_listing(id);
     }
-    match database
-        .read("select from public.listing where id = $1", &[&id])
-        .await
-    {
-        Ok(rows) if rows.is_empty() => ApiError::no_listing(id),
-        Ok(_) => {
+    let rows = match database.read(IS_THEIRS, &[&id, &owner]).await {
+        Ok(rows) => rows,
+        Err(error) => return error,
+    };
+    match rows.first().map(|row| row.try_get("is_theirs")) {
+        None => ApiError::no_listing(id),
+        Some(Ok(true)) if if_match.versions().is_some() => {
             let message = format!("if-match: listing {id} has changed since, read it again");
             ApiError::new(StatusCode::PRECONDITION_FAILED, message)
         }
-        Err(error) => error,
+        // Also what has become theirs since.
+        Some(Ok(_)) => {
+            let message = format!("this key may not change listing {id}");
+            ApiError::new(StatusCode::FORBIDDEN, message)
+        }
+        Some(Err(error)) => error.into(),
     }
 }
 

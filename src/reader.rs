@@ -3,18 +3,20 @@
 //! An idle reader asks at once. What arrives while a question is under way waits for its end and then travels together, as one
 //! question about many ids: the busier the service, the less PostgreSQL has to do for each. Nobody waits for company.
 //!
-//! Each worker has a connection for listings and one for prices, so that neither waits for the other. Measured, with two cores
-//! for the service, PostgreSQL and the load: a second or fourth connection of a kind serves a tenth or a quarter less, because
-//! batches get smaller, and so do batches of 8 or 16; from 64 on nothing is gained. Against one question for each read, batches
-//! serve a half more listings and a quarter more prices at 32 clients.
+//! Each worker has a connection for listings, one for prices, and with `AUTH=keys` one for keys ([`crate::keys`]), so that none
+//! waits for another. Measured, with two cores for the service, PostgreSQL and the load: a second or fourth connection of a
+//! kind serves a tenth or a quarter less, because batches get smaller, and so do batches of 8 or 16; from 64 on nothing is
+//! gained. Against one question for each read, batches serve a half more listings and a quarter more prices at 32 clients.
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
+use std::hash::Hash;
 use std::rc::Rc;
 use std::sync::Arc;
 
 use actix_web::rt;
 use tokio::sync::{Notify, oneshot};
+use tokio_postgres::types::{FromSql, ToSql};
 use tokio_postgres::{Client, Row, Statement};
 
 use crate::database::{Database, Parameters};
@@ -37,8 +39,8 @@ pub struct Reader {
 /// One server to read from.
 pub struct Source {
     pub database: Database,
-    listings: Rc<Lane>,
-    prices: Rc<Lane>,
+    listings: Rc<Lane<i32>>,
+    prices: Rc<Lane<i32>>,
 }
 
 impl Reader {
@@ -104,10 +106,15 @@ impl Source {
 
 /// The rows of one id, shared by all who asked for it at once.
 pub type Rows = Rc<Vec<Row>>;
-type Waiter = (i32, oneshot::Sender<Result<Rows, ApiError>>);
+type Waiter<I> = (I, oneshot::Sender<Result<Rows, ApiError>>);
+
+/// What things are asked for by.
+pub trait Id: Clone + Hash + Ord + ToSql + Sync + for<'a> FromSql<'a> + 'static {}
+
+impl Id for i32 {}
 
 /// One kind of read: a statement that takes an array of ids and returns rows that begin with theirs.
-struct Lane {
+pub struct Lane<I> {
     database: Database,
     sql: &'static str,
     /// Requests that wait at most.
@@ -115,7 +122,7 @@ struct Lane {
     session: RefCell<Option<Rc<Session>>>,
     /// Whether a question is under way. Its end begins the next, or leaves the lane idle.
     busy: Cell<bool>,
-    waiting: RefCell<Vec<Waiter>>,
+    waiting: RefCell<Vec<Waiter<I>>>,
     turn: Notify,
 }
 
@@ -124,8 +131,8 @@ struct Session {
     statement: Statement,
 }
 
-impl Lane {
-    fn new(database: &Database, sql: &'static str, queue: usize) -> Rc<Self> {
+impl<I: Id> Lane<I> {
+    pub fn new(database: &Database, sql: &'static str, queue: usize) -> Rc<Self> {
         let lane = Rc::new(Self {
             database: database.clone(),
             sql,
@@ -139,7 +146,7 @@ impl Lane {
         lane
     }
 
-    async fn get(&self, id: i32) -> Result<Rows, ApiError> {
+    pub async fn get(&self, id: I) -> Result<Rows, ApiError> {
         if !self.busy.replace(true) {
             let _turn = Turn(self);
             return self.ask(&[id]).await.map(Rc::new);
@@ -152,7 +159,7 @@ impl Lane {
 
     fn join_those_who_wait(
         &self,
-        id: i32,
+        id: I,
         waiter: oneshot::Sender<Result<Rows, ApiError>>,
     ) -> Result<(), ApiError> {
         let mut waiting = self.waiting.borrow_mut();
@@ -181,18 +188,18 @@ impl Lane {
         }
     }
 
-    fn next_batch(&self) -> Vec<Waiter> {
+    fn next_batch(&self) -> Vec<Waiter<I>> {
         let mut waiting = self.waiting.borrow_mut();
         waiting.retain(|(_, waiter)| !waiter.is_closed());
         let size = waiting.len().min(BATCH);
         waiting.drain(..size).collect()
     }
 
-    async fn answer(&self, batch: Vec<Waiter>) {
-        let mut ids: Vec<_> = batch.iter().map(|(id, _)| *id).collect();
+    async fn answer(&self, batch: Vec<Waiter<I>>) {
+        let mut ids: Vec<_> = batch.iter().map(|(id, _)| id.clone()).collect();
         ids.sort_unstable();
         ids.dedup();
-        match self.ask(&ids).await.and_then(by_id) {
+        match self.ask(&ids).await.and_then(by_id::<I>) {
             Ok(found) => {
                 for (id, waiter) in batch {
                     // Whoever has gone needs no answer, here and below.
@@ -216,7 +223,7 @@ impl Lane {
     }
 
     /// A read that failed for want of a connection is tried once more, on a new one.
-    async fn ask(&self, ids: &[i32]) -> Result<Vec<Row>, ApiError> {
+    async fn ask(&self, ids: &[I]) -> Result<Vec<Row>, ApiError> {
         let parameters: Parameters = &[&ids];
         let mut retried = false;
         loop {
@@ -275,8 +282,8 @@ impl Lane {
     }
 }
 
-fn by_id(rows: Vec<Row>) -> Result<HashMap<i32, Rows>, ApiError> {
-    let mut found: HashMap<i32, Vec<Row>> = HashMap::new();
+fn by_id<I: Id>(rows: Vec<Row>) -> Result<HashMap<I, Rows>, ApiError> {
+    let mut found: HashMap<I, Vec<Row>> = HashMap::new();
     for row in rows {
         found.entry(row.try_get(0)?).or_default().push(row);
     }
@@ -287,9 +294,9 @@ fn by_id(rows: Vec<Row>) -> Result<HashMap<i32, Rows>, ApiError> {
 }
 
 /// A question under way. Its end, also where its request was dropped, is the turn of those who wait.
-struct Turn<'a>(&'a Lane);
+struct Turn<'a, I>(&'a Lane<I>);
 
-impl Drop for Turn<'_> {
+impl<I> Drop for Turn<'_, I> {
     fn drop(&mut self) {
         if self.0.waiting.borrow().is_empty() {
             self.0.busy.set(false);

@@ -22,11 +22,12 @@ use crate::database::{Database, tls};
 use crate::edge::edge;
 use crate::error::describe;
 use crate::json::TRICKLE_LIMIT;
+use crate::keys::Keys;
 use crate::metrics::Metrics;
 use crate::reader::Reader;
 use crate::routes::routes;
 use crate::servers::Servers;
-use crate::settings::Settings;
+use crate::settings::{Auth, Settings, is_loopback};
 use crate::wire::Wire;
 
 /// Runs the service until it is told to stop, or only checks that it could. The error is what stands in the way.
@@ -57,7 +58,10 @@ pub async fn run(check_only: bool) -> Result<(), String> {
         for (part, server) in servers.report() {
             println!("{part} {} {}", server.name, server.state());
         }
-        println!("settings, database and schema are as they should be");
+        println!(
+            "settings, database and schema are as they should be, and {}",
+            settings.auth
+        );
         return Ok(());
     }
     let stop = stop_signal()?;
@@ -102,6 +106,9 @@ pub async fn run(check_only: bool) -> Result<(), String> {
     };
     for (part, server) in servers.report() {
         log::info!("{part} {} {}", server.name, server.state());
+    }
+    if settings.auth == Auth::Off && !is_loopback(listen) {
+        log::warn!("anybody may write who reaches {listen}, because of AUTH=off");
     }
     log::info!(
         "serving on http://{listen}, docs on http://{listen}/docs, health and metrics on http://{admin_listen}"
@@ -148,6 +155,7 @@ fn serve(
             .app_data(settings.clone())
             .app_data(metrics.clone())
             .app_data(Data::new(reader))
+            .app_data(Data::new(Keys::new(&settings, primary)))
             .app_data(Data::new(primary.clone()))
             .wrap(Compress::default())
             .wrap(from_fn(edge))

@@ -1,7 +1,7 @@
 //! Settings come from the environment. Each has a default but `DATABASE_URL`; a bad one stops the start, by name.
 
 use std::env;
-use std::fmt::Display;
+use std::fmt::{self, Display};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -17,6 +17,7 @@ pub struct Settings {
     pub ca_file: Option<PathBuf>,
     pub listen: SocketAddr,
     pub admin: SocketAddr,
+    pub auth: Auth,
     pub workers: usize,
     pub pool_size: usize,
     pub pool_wait: Duration,
@@ -29,6 +30,22 @@ pub struct Settings {
     pub cors_origins: Vec<String>,
 }
 
+/// Who may write.
+#[derive(Clone, Copy, PartialEq)]
+pub enum Auth {
+    Off,
+    Keys,
+}
+
+impl Display for Auth {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Off => "with AUTH=off anybody may write",
+            Self::Keys => "with AUTH=keys whoever writes needs a key",
+        })
+    }
+}
+
 /// What `--help` prints of them.
 pub const HELP: &str = "\
 DATABASE_URL          postgres://user:password@host:port/database, required;
@@ -39,12 +56,14 @@ REPLICA_LAG_MS        how far behind a replica may be that is asked    5000
 DATABASE_CA_FILE      certificate authority of the database, PEM; those of the system where not set
 LISTEN_ADDR           address of the API                             127.0.0.1:8080
 ADMIN_ADDR            address of /health and /metrics                127.0.0.1:8081
+AUTH                  who may write: keys, those who have one, or off,
+                      anybody; needed beyond loopback                off
 WORKERS               threads that serve requests                    one for each core
 POOL_SIZE             database connections for writes and lists,
                       shared out among the workers                   16
 POOL_WAIT_MS          how long a request waits for one of them       2000
 QUEUE_SIZE            requests that may wait on each worker: for listings,
-                      for prices, and for a connection                 5000
+                      for prices, for keys, and for a connection       5000
 CONNECT_TIMEOUT_MS    how long connecting may take                   3000
 STATEMENT_TIMEOUT_MS  how long a statement may take                  5000
 SHUTDOWN_DELAY_MS     from not ready to no new connections           0
@@ -54,6 +73,7 @@ RUST_LOG              what is logged, as env_logger reads it         info";
 
 impl Settings {
     pub fn from_env() -> Result<Self, String> {
+        let listen = setting("LISTEN_ADDR", "127.0.0.1:8080", "an address and a port")?;
         Ok(Self {
             database: database("DATABASE_URL")?,
             replicas: match env::var_os("DATABASE_READ_URL") {
@@ -64,8 +84,9 @@ impl Settings {
             ca_file: env::var_os("DATABASE_CA_FILE")
                 .filter(|file| !file.is_empty())
                 .map(PathBuf::from),
-            listen: setting("LISTEN_ADDR", "127.0.0.1:8080", "an address and a port")?,
+            listen,
             admin: setting("ADMIN_ADDR", "127.0.0.1:8081", "an address and a port")?,
+            auth: auth(listen)?,
             workers: at_least_one(
                 "WORKERS",
                 std::thread::available_parallelism().map_or(1, usize::from),
@@ -147,6 +168,24 @@ fn milliseconds(name: &str, default: u64) -> Result<Duration, String> {
             "{name}={value} is wrong: it has to be 1 to 3600000 milliseconds, such as {default}"
         )),
     }
+}
+
+/// Off unless it is said, but only where nobody else can reach the service.
+fn auth(listen: SocketAddr) -> Result<Auth, String> {
+    let choices = "keys, so that only those write who have a key, or off, so that anybody may";
+    match setting::<String>("AUTH", "", choices)?.as_str() {
+        "keys" => Ok(Auth::Keys),
+        "off" => Ok(Auth::Off),
+        "" if is_loopback(listen) => Ok(Auth::Off),
+        "" => Err(format!(
+            "AUTH is not set, although others may reach LISTEN_ADDR={listen}: it has to be {choices}"
+        )),
+        value => Err(format!("AUTH={value} is wrong: it has to be {choices}")),
+    }
+}
+
+pub fn is_loopback(address: SocketAddr) -> bool {
+    address.ip().to_canonical().is_loopback()
 }
 
 fn cors_origins() -> Result<Vec<String>, String> {

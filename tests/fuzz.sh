@@ -21,7 +21,8 @@ drop
 sql "$server_url" -c 'create database listing_fuzz'
 DATABASE_URL=$fuzz_url "$REFINERY" migrate -e DATABASE_URL -p sql -g -d -m >/dev/null
 service_url=$(DATABASE_URL=$fuzz_url tests/db.sh login)
-DATABASE_URL=$service_url LISTEN_ADDR=127.0.0.1:0 ADMIN_ADDR=127.0.0.1:0 target/debug/listing-api 2> "$log" &
+key=$(sql "$fuzz_url" --tuples-only --no-align -c 'select create_api_key(administrator => true)')
+DATABASE_URL=$service_url AUTH=keys LISTEN_ADDR=127.0.0.1:0 ADMIN_ADDR=127.0.0.1:0 target/debug/listing-api 2> "$log" &
 service=$!
 for _ in $(seq 100); do
     address=$(sed -n 's/.*serving on \(http:[^,]*\),.*/\1/p' "$log")
@@ -30,7 +31,8 @@ for _ in $(seq 100); do
 done
 
 PYTHONPATH=$(dirname "$(dirname "$SCHEMATHESIS")") python3 "$SCHEMATHESIS" --config-file tests/schemathesis.toml run "$address/openapi.yaml" \
-    --checks all --seed 20261120 --max-examples 400 --generation-database none --no-color
+    --checks all --seed 20261120 --max-examples 400 --generation-database none --no-color \
+    --header "Authorization: Bearer $key"
 if grep 'HTTP/1.1 500 \| ERROR ' "$log"; then
     echo 'The lines above are from the log of the service.' >&2
     exit 1

@@ -8,6 +8,7 @@ mod failover;
 mod guard;
 mod harness;
 mod input;
+mod keys;
 mod load;
 mod migrations;
 mod outage;

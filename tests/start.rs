@@ -44,6 +44,11 @@ fn a_bad_setting_is_named_with_its_value_and_what_would_be_right() {
             "ADMIN_ADDR=x is wrong: it has to be an address and a port, such as 127.0.0.1:8081",
         ),
         (
+            "AUTH",
+            "on",
+            "AUTH=on is wrong: it has to be keys, so that only those write who have a key, or off, so that anybody may",
+        ),
+        (
             "WORKERS",
             "0",
             "WORKERS=0 is wrong: it has to be a whole number from 1 to 10000, such as ",
@@ -194,7 +199,13 @@ async fn a_database_that_cannot_be_reached_is_named_as_the_reason() {
 async fn the_arguments_answer() {
     let help = command("").arg("--help").output().expect("the program");
     assert!(help.status.success());
-    for name in ["DATABASE_URL", "LISTEN_ADDR", "CORS_ORIGINS", "--check"] {
+    for name in [
+        "DATABASE_URL",
+        "LISTEN_ADDR",
+        "AUTH",
+        "CORS_ORIGINS",
+        "--check",
+    ] {
         assert!(printed(&help).contains(name), "{name}");
     }
     let version = command("").arg("--version").output().expect("the program");
@@ -209,18 +220,64 @@ async fn the_arguments_answer() {
         "listing-api: unknown arguments --chekc: see --help\n"
     );
     let db = Database::migrated().await;
-    let check = command(&service_url(&db).await)
-        .arg("--check")
-        .output()
-        .expect("the program");
+    let url = service_url(&db).await;
     let server = db.address();
-    assert_eq!(
-        printed(&check),
-        format!(
-            "primary {server} takes reads and writes\nsettings, database and schema are as they should be\n"
-        )
-    );
-    assert!(check.status.success());
+    for (auth, who) in [
+        ("off", "with AUTH=off anybody may write"),
+        ("keys", "with AUTH=keys whoever writes needs a key"),
+    ] {
+        let mut check = command(&url);
+        let check = check.arg("--check").env("AUTH", auth).output();
+        let check = check.expect("the program");
+        assert_eq!(
+            printed(&check),
+            format!(
+                "primary {server} takes reads and writes\nsettings, database and schema are as they should be, and {who}\n"
+            )
+        );
+        assert!(check.status.success());
+    }
+}
+
+#[tokio::test]
+async fn who_may_write_is_said_before_others_can_reach_the_service() {
+    let db = Database::migrated().await;
+    let url = service_url(&db).await;
+    for address in ["0.0.0.0:8080", "[::]:8080", "192.0.2.1:8080"] {
+        for auth in [None, Some(("AUTH", ""))] {
+            let mut unsaid = command(&url);
+            unsaid.env("LISTEN_ADDR", address).envs(auth);
+            let sentence = format!(
+                "AUTH is not set, although others may reach LISTEN_ADDR={address}: \
+                 it has to be keys, so that only those write who have a key, or off, so that anybody may"
+            );
+            assert_refuses(unsaid, &sentence);
+        }
+    }
+    for address in ["127.0.0.2:8080", "[::1]:8080", "[::ffff:127.0.0.1]:8080"] {
+        let mut unsaid = command(&url);
+        let check = unsaid.env("LISTEN_ADDR", address).arg("--check").output();
+        assert!(printed(&check.expect("the program")).contains("with AUTH=off"));
+    }
+    for (address, auth, warned) in [
+        ("127.0.0.1:0", "off", false),
+        ("0.0.0.0:0", "keys", false),
+        ("0.0.0.0:0", "off", true),
+    ] {
+        let settings = [("LISTEN_ADDR", address), ("AUTH", auth)];
+        let service = Service::start_at(&url, Database::empty().await, &settings);
+        let mut warnings = service.log();
+        warnings.retain(|line| line.contains("WARN"));
+        assert_eq!(warnings.len(), usize::from(warned), "{warnings:?}");
+        let warning = format!(
+            "anybody may write who reaches {}, because of AUTH=off",
+            service.address
+        );
+        assert!(
+            warnings.iter().all(|line| line.contains(&warning)),
+            "{warnings:?}"
+        );
+    }
 }
 
 #[tokio::test]
@@ -611,7 +668,7 @@ async fn a_database_with_tls_is_trusted_by_its_chain_and_its_name() {
         }
     };
     assert!(
-        trusted.ends_with("settings, database and schema are as they should be\n"),
+        trusted.ends_with("settings, database and schema are as they should be, and with AUTH=off anybody may write\n"),
         "{trusted}"
     );
     for (url, ca_file, reason) in [
