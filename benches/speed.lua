@@ -5,7 +5,9 @@ local body = '{"name": "Loft", "postal_address": {"street_address": "1 rue Oberk
     .. '"country": "FR"}, "description": "' .. string.rep("Nice. ", 40) .. '", "building_type": "HOUSE", '
     .. '"latest_price_eur": %d, "surface_area_m2": 42.5, "rooms_count": 2, "bedrooms_count": 1, '
     .. '"contact_phone_number": "+33123456789"}'
-local headers = { ["Content-Type"] = "application/json" }
+-- With a key where there is one.
+local key = os.getenv("KEY")
+local headers = { ["Content-Type"] = "application/json", ["Authorization"] = key and "Bearer " .. key }
 
 local function get(path)
     return wrk.format("GET", path)

@@ -24,12 +24,12 @@ now() { perl -MTime::HiRes=time -e 'print time'; }
 cores=$(nproc 2>/dev/null || sysctl -n hw.ncpu)
 
 scratch=$(mktemp -d)
-service=
-stop_service() {
-    [ -z "$service" ] || { kill "$service" && wait "$service"; } || true
-    service=
+services=
+stop_services() {
+    for running in $services; do { kill "$running" && wait "$running"; } || true; done
+    services=
 }
-trap 'stop_service; tests/db.sh stop; rm -r "$scratch"' EXIT
+trap 'stop_services; tests/db.sh stop; rm -r "$scratch"' EXIT
 trap 'exit 130' INT TERM
 
 # The data: ten prices each, by the triggers. Nearly half of the listings are in one city, the others in 632 towns. The last
@@ -61,19 +61,23 @@ bench=$server/listing_bench
 sql "$server/postgres" -c 'set client_min_messages = error' -c 'drop database if exists listing_bench with (force)' \
     -c 'create database listing_bench template listing strategy file_copy' -c checkpoint
 
+# serve PORT AUTH: starts a service, whose first answer it waits for.
+serve() {
+    DATABASE_URL=${login%/listing}/listing_bench LISTEN_ADDR=127.0.0.1:$1 AUTH=$2 ADMIN_ADDR=127.0.0.1:0 \
+        target/release/listing-api 2>>"$scratch/log" &
+    services="$services $!"
+    until curl --silent --fail --output /dev/null "http://127.0.0.1:$1/listings/1"; do
+        kill -0 $! 2>/dev/null || { cat "$scratch/log" >&2; exit 1; }
+    done
+}
 api=http://127.0.0.1:18080
 login=$(tests/db.sh login)
 for _ in $(seq 9); do
-    stop_service
+    stop_services
     before=$(now)
-    DATABASE_URL=${login%/listing}/listing_bench LISTEN_ADDR=${api#http://} ADMIN_ADDR=127.0.0.1:0 target/release/listing-api \
-        2>>"$scratch/log" &
+    serve 18080 off
     service=$!
-    until curl --silent --fail --output /dev/null $api/listings/1; do
-        kill -0 $service 2>/dev/null || break
-    done
     echo "$(now) $before" | awk '{ printf "%.0f\n", ($1 - $2) * 1000 }' >> "$scratch/starts"
-    kill -0 $service 2>/dev/null || { cat "$scratch/log" >&2; service=; exit 1; }
 done
 start=$(median < "$scratch/starts")
 
@@ -171,6 +175,15 @@ row 'a page of 100 of a common city' common 32
 row 'a page of 100 of a rare city' rare 32
 row 'PUT with the same price' keep 32
 row 'PUT with a new price' reprice 32
+# Another instance, which asks for a key.
+(
+    serve 18081 keys
+    trap 'kill $!' EXIT
+    api=http://127.0.0.1:18081
+    KEY=$(sql "$bench" -c 'select create_api_key(administrator => true)')
+    export KEY
+    row 'PUT with a new price and a key' reprice 32
+)
 row 'POST' create 32
 
 list() { curl --silent --fail --output /dev/null --write-out '%{speed_download}' $api/listings; }
