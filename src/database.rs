@@ -86,6 +86,14 @@ impl Database {
         self.connected_within_limit(available(&self.way)).await
     }
 
+    /// The server, once it can be reached. An error if it takes no writes.
+    pub async fn writable(&self) -> Result<Arc<Server>, ApiError> {
+        match self.available().await? {
+            (server, true) => Ok(server),
+            (_, false) => Err(ApiError::unavailable("the database is read-only")),
+        }
+    }
+
     /// A connection outside the pool. TLS and authentication count against the limit too.
     pub async fn connect(&self, server: Arc<Server>) -> Result<Client, ApiError> {
         let connecting = server.clone().connect(self.way.clone());
@@ -159,10 +167,11 @@ impl Database {
         let mut lost_at = None;
         loop {
             let place = self.queue.try_acquire().map_err(ApiError::crowded)?;
-            let (server, writable) = self.available().await?;
-            if writes && !writable {
-                return Err(ApiError::unavailable("the database is read-only"));
-            }
+            let server = if writes {
+                self.writable().await?
+            } else {
+                self.available().await?.0
+            };
             let connected = server.unless_given_up(self.pool.get()).await?;
             drop(place);
             let mut busy = Busy {

@@ -26,22 +26,29 @@ pub struct Writer {
 }
 
 /// `None`: nobody is asked for a key.
-pub struct Keys(Option<Rc<Lane<KeyHash>>>);
+pub struct Keys(Option<(Database, Rc<Lane<KeyHash>>)>);
 
 impl Keys {
     /// The database has to be the one that is written to: a replica may not know yet that a key was revoked.
     pub fn new(settings: &Settings, database: &Database) -> Self {
         let sql = "select key_sha256, id, owner from public.find_api_keys($1)";
-        let lane = || Lane::new(database, sql, settings.queue_size);
+        let lane = || {
+            (
+                database.clone(),
+                Lane::new(database, sql, settings.queue_size),
+            )
+        };
         Self((settings.auth == Auth::Keys).then(lane))
     }
 
     pub async fn writer(&self, request: &HttpRequest) -> Result<Writer, ApiError> {
-        let Some(lane) = &self.0 else {
+        let Some((database, lane)) = &self.0 else {
             let (owner, actor) = (None, None);
             return Ok(Writer { owner, actor });
         };
         let key = bearer(request.headers())?;
+        // While the primary is gone a standby may stand in for it, which may know neither new keys nor revocations yet.
+        database.writable().await?;
         let found = lane.get(KeyHash(Sha256::digest(key).into())).await?;
         let row = found
             .first()

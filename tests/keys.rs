@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 
 use crate::harness::{Cluster, Database, in_checkout, printed, refinery, rows, run, value};
+use crate::outage::{over, within};
 use crate::owners::{administrators_key, insert_owned, key_of, revoke};
 use crate::service::{Connection, JSON, LOFT, Service, command, service_url};
 use crate::start::{WAITING, wait_for};
@@ -674,4 +675,45 @@ async fn no_key_and_no_hash_is_written_down_anywhere() {
     }
     assert_keeps_secret(&said.join("\n"), &key, &hash);
     assert_keeps_secret(&server_log, &key, &hash);
+}
+
+#[tokio::test]
+async fn a_key_is_looked_up_where_writes_are_taken() {
+    let primary = Cluster::migrated();
+    let replica = primary.standby();
+    let superuser = primary.superuser().await;
+    let old = key_of(&superuser, "a").await;
+    // Without target_session_attrs, the standby is read where the primary is gone.
+    let both = over(&primary, &[primary.address(), replica.address()]);
+    let settings = [("DATABASE_READ_URL", &*replica.url), ("AUTH", "keys")];
+    let service = crate::outage::service(&both, &settings).await;
+    let created = service.send("POST", "/listings", &bearer(&old), LOFT);
+    assert_eq!(created.status, 201);
+    let replaying = replica.superuser().await;
+    let begun = Instant::now();
+    while value(&replaying, "select count(*) from listing_price_log").await != "1" {
+        assert!(begun.elapsed() < Duration::from_secs(10));
+    }
+    run(&replaying, "select pg_wal_replay_pause()").await;
+    while value(&replaying, "select pg_get_wal_replay_pause_state()").await != "paused" {
+        assert!(begun.elapsed() < Duration::from_secs(10));
+    }
+    // What the standby does not know yet.
+    let new = key_of(&superuser, "a").await;
+    revoke(&superuser, &old).await;
+    let write = |key: &str| {
+        service
+            .send("PATCH", "/listings/1", &bearer(key), "{}")
+            .status
+    };
+    assert_eq!((write(&old), write(&new)), (401, 200));
+    primary.call("stop");
+    within(Duration::from_secs(5), "reads from the standby", || {
+        service.get("/listings/1").status == 200 && write(&new) == 503
+    });
+    assert_eq!((write(&old), write(&new)), (503, 503));
+    run(&replaying, "select pg_wal_replay_resume()").await;
+    replica.call("promote");
+    within(Duration::from_secs(3), "a write", || write(&new) == 200);
+    assert_eq!(write(&old), 401);
 }
