@@ -201,6 +201,7 @@ impl Database {
             });
             let error = match answer.await? {
                 Ok(rows) => {
+                    server.answered();
                     busy.give_back();
                     return Ok(rows);
                 }

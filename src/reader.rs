@@ -21,7 +21,7 @@ use tokio_postgres::{Client, Row, Statement};
 
 use crate::database::{Database, Parameters};
 use crate::error::{ApiError, connection_is_lost, statement_is_stale};
-use crate::servers::Servers;
+use crate::servers::{Server, Servers};
 use crate::{listings, prices};
 
 /// Requests that travel together at most.
@@ -127,6 +127,7 @@ pub struct Lane<I> {
 }
 
 struct Session {
+    server: Arc<Server>,
     client: Client,
     statement: Statement,
 }
@@ -244,11 +245,14 @@ impl<I: Id> Lane<I> {
             };
             let answer = session.client.query(&session.statement, parameters);
             match self.database.within_limit(answer).await {
-                Ok(Ok(rows)) => return Ok(rows),
+                Ok(Ok(rows)) => {
+                    session.server.answered();
+                    return Ok(rows);
+                }
                 Ok(Err(error)) if connection_is_lost(&error) || statement_is_stale(&error) => {
                     self.session.take();
                     if !statement_is_stale(&error) {
-                        self.database.server().doubt();
+                        session.server.doubt();
                     }
                     if retried {
                         return Err(error.into());
@@ -272,9 +276,13 @@ impl<I: Id> Lane<I> {
         }
         let connecting = async {
             let (server, _) = self.database.available().await?;
-            let client = self.database.connect(server).await?;
+            let client = self.database.connect(server.clone()).await?;
             let statement = client.prepare(self.sql).await?;
-            Ok(Session { client, statement })
+            Ok(Session {
+                server,
+                client,
+                statement,
+            })
         };
         let session = Rc::new(self.database.connected_within_limit(connecting).await?);
         self.session.replace(Some(session.clone()));

@@ -14,6 +14,7 @@ use actix_web::middleware::{Compress, Logger, from_fn};
 use actix_web::rt::net::TcpStream;
 use actix_web::web::Data;
 use actix_web::{App, HttpServer, rt};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::TcpSocket;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -143,6 +144,7 @@ fn serve(
     metrics: Data<Metrics>,
 ) -> Result<Server, String> {
     let workers = settings.workers;
+    let max_clients = max_clients(&settings, ways.len())?;
     let shutdown_timeout = settings.shutdown_timeout.as_millis().div_ceil(1000);
     let next = Arc::new(AtomicUsize::new(0));
     let builder = Server::build();
@@ -183,11 +185,37 @@ fn serve(
     };
     builder
         .workers(workers)
+        .max_concurrent_connections(max_clients)
         .shutdown_timeout(u64::try_from(shutdown_timeout).unwrap_or(u64::MAX))
         .disable_signals()
         .listen("api", listener, service)
         .map_err(|error| describe(&error))
         .map(ServerBuilder::run)
+}
+
+/// How many clients a worker may have. Each takes a file, and so does each connection to the database, for which a crowd of
+/// clients has to leave some over. The others wait until the system lets them in.
+fn max_clients(settings: &Settings, workers: usize) -> Result<usize, String> {
+    /// More do not get quicker answers.
+    const MOST: usize = 25_000;
+    let limit = getrlimit(Resource::Nofile);
+    // What a process may have without asking is often as few as 1024.
+    let raised = Rlimit {
+        current: limit.maximum,
+        ..limit
+    };
+    let files = setrlimit(Resource::Nofile, raised)
+        .map_or(limit, |()| raised)
+        .current;
+    let servers = settings.database.len() + settings.replicas.len();
+    let ours = (settings.pool_size + 5 * workers) * servers + 100;
+    let files = usize::try_from(files.unwrap_or(u64::MAX).min(1 << 32)).unwrap_or(usize::MAX);
+    match files.saturating_sub(ours) / workers {
+        0 => Err(format!(
+            "{files} open files are too few: it takes {ours}, and one for each client"
+        )),
+        clients => Ok(clients.min(MOST)),
+    }
 }
 
 /// A listener and its address, which port 0 leaves to the system.

@@ -7,6 +7,7 @@
 
 use std::collections::VecDeque;
 use std::fmt::{self, Display};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -55,6 +56,8 @@ pub struct Server {
     state: watch::Sender<State>,
     /// A request could not reach it.
     doubt: Notify,
+    /// A request got an answer since it was asked.
+    answered: AtomicBool,
 }
 
 #[derive(Clone)]
@@ -113,6 +116,7 @@ impl Servers {
                     why: "not asked yet".to_owned(),
                 }),
                 doubt: Notify::new(),
+                answered: AtomicBool::new(false),
             })
         };
         let candidates: Vec<_> = settings
@@ -186,9 +190,9 @@ impl Servers {
                 lag: self.lag(server, position),
                 in_doubt: false,
             },
-            Err(Trouble { why, refused }) => match before {
-                // It is there, whatever it has against one more connection.
-                State::Up { writable, lag, .. } if refused => State::Up {
+            Err(Trouble { why, there }) => match before {
+                // Whatever it has against one more connection.
+                State::Up { writable, lag, .. } if there => State::Up {
                     writable,
                     lag,
                     in_doubt: false,
@@ -294,22 +298,22 @@ impl Servers {
 
 struct Trouble {
     why: String,
-    /// By a server that works.
-    refused: bool,
+    /// Whether the server works all the same.
+    there: bool,
 }
 
 impl Trouble {
     fn of(error: &tokio_postgres::Error) -> Self {
         Self {
             why: describe(error),
-            refused: error.code().is_some() && !connection_is_lost(error),
+            there: error.code().is_some() && !connection_is_lost(error),
         }
     }
 
     fn because(why: &str) -> Self {
         Self {
             why: why.to_owned(),
-            refused: false,
+            there: false,
         }
     }
 }
@@ -328,11 +332,14 @@ impl Server {
                 Some(client) => (client, true),
                 None => (self.connect_to_ask().await?, false),
             };
+            self.answered.store(false, Ordering::Relaxed);
             let answer = timeout(ANSWER_LIMIT, client.simple_query(QUESTION));
-            match answer
-                .await
-                .map_err(|_| Trouble::because("no answer within a second"))?
-            {
+            let silent = |_| Trouble {
+                // Under a crowd of requests the question may come late.
+                there: self.answered.load(Ordering::Relaxed),
+                ..Trouble::because("no answer within a second")
+            };
+            match answer.await.map_err(silent)? {
                 Err(error) if kept && connection_is_lost(&error) => (),
                 Err(error) => return Err(Trouble::of(&error)),
                 Ok(messages) => {
@@ -388,6 +395,14 @@ impl Server {
             };
             true
         });
+    }
+
+    /// Has been heard of by a request.
+    pub fn answered(&self) {
+        // Looked at first, because all threads look and one has to write.
+        if !self.answered.load(Ordering::Relaxed) {
+            self.answered.store(true, Ordering::Relaxed);
+        }
     }
 
     /// Has it asked at once, because a request could not reach it. Others wait for its answer.

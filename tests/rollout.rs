@@ -1,7 +1,7 @@
 //! More of everything: several instances behind a proxy, and more requests than can be served.
 
 use std::io::Write;
-use std::net::TcpListener;
+use std::net::{TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::{self, JoinHandle};
@@ -10,9 +10,9 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use crate::failover::health;
-use crate::harness::{Database, OTHER_COLUMNS, OTHER_VALUES, run, value};
+use crate::harness::{Database, OTHER_COLUMNS, OTHER_VALUES, printed, run, value};
 use crate::outage::{Finally, Reply, TWO_SECONDS, ask, within};
-use crate::service::{Connection, JSON, LOFT, Service};
+use crate::service::{Connection, JSON, LOFT, PROGRAM, Service, service_url, with_settings};
 use crate::start::{WAITING, wait_for};
 
 /// An address that nobody uses.
@@ -71,7 +71,7 @@ async fn a_rolling_restart_behind_a_proxy_fails_no_request() {
         [free_address(), free_address()],
     ];
     let db = Database::migrated().await;
-    let url = crate::service::service_url(&db).await;
+    let url = service_url(&db).await;
     let mut databases = Vec::new();
     for _ in 0..4 {
         databases.push(Database::empty().await);
@@ -256,4 +256,44 @@ async fn more_requests_than_can_wait_are_refused_at_once_and_it_recovers_at_once
         assert_eq!(reply.status, 200, "{reply:?}");
     }
     assert!(begun.elapsed() < TWO_SECONDS, "{:?}", begun.elapsed());
+}
+
+/// The program with no more than so many open files.
+fn with_files(files: usize, url: &str) -> Command {
+    let mut command = Command::new("/bin/sh");
+    command.args(["-c", &format!("ulimit -n {files} && exec \"$0\""), PROGRAM]);
+    with_settings(command, url)
+}
+
+#[tokio::test]
+async fn a_crowd_of_clients_leaves_files_over_for_the_database() {
+    let db = Database::migrated().await;
+    let url = service_url(&db).await;
+    let refused = with_files(100, &url).output().expect("the program");
+    let message = "listing-api: 100 open files are too few: it takes ";
+    assert!(
+        printed(&refused).starts_with(message),
+        "{}",
+        printed(&refused)
+    );
+
+    let mut command = with_files(250, &url);
+    command.env("WORKERS", "2");
+    let service = Service::run(command, &url, db);
+    let mut early = service.connect();
+    assert_eq!(early.send("GET", "/listings/1", "", "").status, 404);
+    let crowd: Vec<_> = (0..400)
+        .map(|_| TcpStream::connect(&service.address).expect("a connection"))
+        .collect();
+    // Its connections to the database are yet to be made.
+    for (method, path, body, status) in [
+        ("POST", "/listings", LOFT, 201),
+        ("GET", "/listings/1/prices", "", 200),
+    ] {
+        assert_eq!(early.send(method, path, JSON, body).status, status);
+    }
+    drop(crowd);
+    within(TWO_SECONDS, "a newcomer", || {
+        ask(&service.address, "GET", "/listings/1", "", "").is_ok_and(|reply| reply.status == 200)
+    });
 }

@@ -42,11 +42,15 @@ impl Service {
 
     /// On another database than the one that is dropped at the end.
     pub fn start_at(url: &str, db: Database, settings: &[(&str, &str)]) -> Self {
+        let mut command = command(url);
+        command.envs(settings.iter().copied());
+        Self::run(command, url, db)
+    }
+
+    /// By a command of the test's own.
+    pub fn run(mut command: Command, url: &str, db: Database) -> Self {
         let url = url.to_owned();
-        let mut child = command(&url)
-            .envs(settings.iter().copied())
-            .spawn()
-            .expect("the service");
+        let mut child = command.spawn().expect("the service");
         let log = Arc::new(Mutex::new(Vec::new()));
         let (lines, stderr) = (log.clone(), child.stderr.take().expect("its log"));
         let reader = thread::spawn(move || {
@@ -171,7 +175,12 @@ pub const JSON: &str = "content-type: application/json\r\n";
 
 /// The program, with nothing but a database and any free ports set.
 pub fn command(url: &str) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_listing-api"));
+    with_settings(Command::new(PROGRAM), url)
+}
+
+pub const PROGRAM: &str = env!("CARGO_BIN_EXE_listing-api");
+
+pub fn with_settings(mut command: Command, url: &str) -> Command {
     command
         .env_clear()
         .env("DATABASE_URL", url)
