@@ -44,9 +44,27 @@ create table public.api_key (
     -- As on listing.
     constraint api_key_owner_is_a_name check (owner <> '' and owner = btrim(owner) and owner !~ '[[:cntrl:]]'),
     -- The log knows administrators' keys as admin:1, admin:2, and so on. Nobody else shall look like one.
-    constraint api_key_owner_does_not_look_like_an_administrator check (owner !~* '^admin *:'),
+    constraint api_key_owner_does_not_look_like_an_administrator check (owner !~* '^admin[^[:alnum:]]*:'),
     constraint api_key_sha256_has_32_bytes check (octet_length(key_sha256) = 32)
 );
+
+-- The database may have default privileges, which let others at each new table. Not at this one.
+do $$
+declare
+    grantee text;
+begin
+    for grantee in
+        select distinct case granted.grantee when 0 then 'public' else quote_ident(role.rolname) end
+        from pg_catalog.pg_class as class
+        cross join aclexplode(class.relacl) as granted
+        left join pg_catalog.pg_roles as role on role.oid = granted.grantee
+        where class.oid = 'public.api_key'::regclass
+            and granted.grantee <> class.relowner
+    loop
+        execute format('revoke all on public.api_key from %s', grantee);
+    end loop;
+end
+$$;
 
 comment on table public.api_key is
     'Who may write through a service that runs with AUTH=keys. The keys themselves are nowhere: create_api_key() shows each '

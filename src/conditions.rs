@@ -13,9 +13,11 @@ pub fn is_known(request: &HttpRequest, etag: &str) -> bool {
     tags.any(|tag| tag == "*" || tag.trim_start_matches("W/") == etag)
 }
 
-/// Whether a replica may answer with this version. To a client that names another, only the primary can say that it is outdated.
+/// Whether a replica may answer with this version. Of other versions that a client names, only the primary can say that they
+/// are outdated.
 pub fn agrees(request: &HttpRequest, etag: &str) -> bool {
-    !request.headers().contains_key(header::IF_NONE_MATCH) || is_known(request, etag)
+    let named = tags(request, &header::IF_NONE_MATCH).count();
+    named == 0 || named == 1 && is_known(request, etag)
 }
 
 pub fn not_modified(etag: String) -> HttpResponse {

@@ -35,6 +35,8 @@ pub struct Database {
     /// Places for those who wait for a connection.
     queue: Arc<Semaphore>,
     turns: Turns,
+    /// Places for those who wait for their turn, which are taken from nobody else.
+    turns_queue: Arc<Semaphore>,
     pool_wait: Duration,
     connect_timeout: Duration,
     /// The server ends a statement by itself after its own limit. This one, a second later, is for a server that is gone.
@@ -67,6 +69,7 @@ impl Database {
             pool,
             queue: Arc::new(Semaphore::new(settings.queue_size)),
             turns: Turns::default(),
+            turns_queue: Arc::new(Semaphore::new(settings.queue_size)),
             pool_wait: settings.pool_wait,
             connect_timeout: settings.connect_timeout,
             answer_timeout: settings.statement_timeout + Duration::from_secs(1),
@@ -142,13 +145,17 @@ impl Database {
     }
 
     async fn turn(&self, listing: i32) -> Result<Turn, ApiError> {
-        let _place = self.queue.try_acquire().map_err(ApiError::crowded)?;
         let mut turn = Turn {
             turns: self.turns.clone(),
             listing,
             held: None,
         };
         let mine = lock(&self.turns).entry(listing).or_default().clone();
+        if let Ok(held) = mine.clone().try_lock_owned() {
+            turn.held = Some(held);
+            return Ok(turn);
+        }
+        let _place = self.turns_queue.try_acquire().map_err(ApiError::crowded)?;
         let held = timeout(self.pool_wait, mine.lock_owned()).await;
         turn.held =
             Some(held.map_err(|_| ApiError::contended("others are writing the same listing"))?);

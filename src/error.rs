@@ -92,12 +92,21 @@ impl ApiError {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal error").because(cause)
     }
 
+    pub fn is_malformed(&self) -> bool {
+        self.status == StatusCode::BAD_REQUEST
+    }
+
     pub fn is_internal(&self) -> bool {
         self.status == StatusCode::INTERNAL_SERVER_ERROR
     }
 
     pub fn is_unavailable(&self) -> bool {
         self.status == StatusCode::SERVICE_UNAVAILABLE
+    }
+
+    /// Whether another server may do better. A replica also breaks off what stands in the way of its replay.
+    pub fn is_of_this_server(&self) -> bool {
+        self.is_unavailable() || self.is_internal()
     }
 
     fn because(mut self, cause: impl Display) -> Self {
@@ -146,7 +155,6 @@ pub fn connection_is_lost(error: &tokio_postgres::Error) -> bool {
         SqlState::CANNOT_CONNECT_NOW,
         SqlState::IDLE_SESSION_TIMEOUT,
         SqlState::READ_ONLY_SQL_TRANSACTION,
-        SqlState::TOO_MANY_CONNECTIONS,
     ];
     match error.code() {
         Some(code) => lost_codes.contains(code) || code.code().starts_with("08"),

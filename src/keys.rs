@@ -8,12 +8,14 @@ use std::rc::Rc;
 
 use actix_web::HttpRequest;
 use actix_web::http::header::{self, HeaderMap};
-use bytes::BytesMut;
+use actix_web::web::Payload;
+use bytes::{Bytes, BytesMut};
 use sha2::{Digest, Sha256};
 use tokio_postgres::types::{FromSql, IsNull, ToSql, Type, accepts, to_sql_checked};
 
 use crate::database::Database;
 use crate::error::ApiError;
+use crate::json;
 use crate::reader::{Id, Lane};
 use crate::settings::{Auth, Settings};
 
@@ -26,29 +28,35 @@ pub struct Writer {
 }
 
 /// `None`: nobody is asked for a key.
-pub struct Keys(Option<(Database, Rc<Lane<KeyHash>>)>);
+pub struct Keys(Option<Rc<Lane<KeyHash>>>);
 
 impl Keys {
-    /// The database has to be the one that is written to: a replica may not know yet that a key was revoked.
+    /// The database is the one that is written to. A replica, or a standby that stands in for the primary, may know neither new
+    /// keys nor revocations yet.
     pub fn new(settings: &Settings, database: &Database) -> Self {
         let sql = "select key_sha256, id, owner from public.find_api_keys($1)";
-        let lane = || {
-            (
-                database.clone(),
-                Lane::new(database, sql, settings.queue_size),
-            )
-        };
+        let lane = || Lane::new(database, sql, settings.queue_size, true);
         Self((settings.auth == Auth::Keys).then(lane))
     }
 
-    pub async fn writer(&self, request: &HttpRequest) -> Result<Writer, ApiError> {
-        let Some((database, lane)) = &self.0 else {
+    /// Whom a request writes for, and the body that it brings.
+    pub async fn admit(
+        &self,
+        request: &HttpRequest,
+        payload: Payload,
+    ) -> Result<(Writer, Bytes), ApiError> {
+        // Looked up when all is there, so that a revocation takes hold as late as it can.
+        let body = json::read(payload).await;
+        let Some(lane) = &self.0 else {
             let (owner, actor) = (None, None);
-            return Ok(Writer { owner, actor });
+            return Ok((Writer { owner, actor }, body?));
         };
         let key = bearer(request.headers())?;
-        // While the primary is gone a standby may stand in for it, which may know neither new keys nor revocations yet.
-        database.writable().await?;
+        let body = match body {
+            // The connection ends with it, which leaves no time to look the key up.
+            Err(error) if error.is_malformed() => return Err(error),
+            body => body,
+        };
         let found = lane.get(KeyHash(Sha256::digest(key).into())).await?;
         let row = found
             .first()
@@ -59,10 +67,8 @@ impl Keys {
             // No owner may look like this, by a rule of the table.
             None => format!("admin:{}", row.try_get::<_, i64>("id")?),
         };
-        Ok(Writer {
-            owner,
-            actor: Some(actor),
-        })
+        let actor = Some(actor);
+        Ok((Writer { owner, actor }, body?))
     }
 }
 

@@ -185,8 +185,8 @@ pub fn id(text: &str) -> Result<i32, ApiError> {
     id.ok_or_else(|| ApiError::no_listing(text))
 }
 
-/// A value of the row to be written which, on the way, says who writes it: so it is said before any trigger fires, and for
-/// this statement alone.
+/// A value of the row to be written which, on the way, says who writes it: so it is said before any trigger of the row fires,
+/// and for this statement alone.
 macro_rules! written_by {
     ($actor:literal, $value:literal) => {
         concat!(
@@ -217,9 +217,7 @@ pub async fn create(
     keys: web::Data<Keys>,
     database: web::Data<Database>,
 ) -> Result<HttpResponse, ApiError> {
-    let body = json::read(payload).await;
-    let writer = keys.writer(&request).await?;
-    let body = body?;
+    let (writer, body) = keys.admit(&request, payload).await?;
     json::require_type(&request, &["application/json"])?;
     let Input {
         name,
@@ -303,9 +301,7 @@ pub async fn replace(
     keys: web::Data<Keys>,
     database: web::Data<Database>,
 ) -> Result<HttpResponse, ApiError> {
-    let body = json::read(payload).await;
-    let writer = keys.writer(&request).await?;
-    let body = body?;
+    let (writer, body) = keys.admit(&request, payload).await?;
     let id = id(&path)?;
     json::require_type(&request, &["application/json"])?;
     let mut input = Input::parse(&body, true)?;
@@ -321,9 +317,7 @@ pub async fn patch(
     keys: web::Data<Keys>,
     database: web::Data<Database>,
 ) -> Result<HttpResponse, ApiError> {
-    let body = json::read(payload).await;
-    let writer = keys.writer(&request).await?;
-    let body = body?;
+    let (writer, body) = keys.admit(&request, payload).await?;
     let id = id(&path)?;
     json::require_type(
         &request,
@@ -410,21 +404,27 @@ async fn update(
     }
 }
 
+/// The history goes with the listing, but triggers of others may want to know who took it away.
 const DELETE: &str = "delete from public.listing \
-    where id = $1 and ($2::text[] is null or xmin::text = any($2)) and ($3::text is null or owner = $3) returning id";
+    where id = $1 and ($2::text[] is null or xmin::text = any($2)) and ($3::text is null or owner = $3) \
+    and ($4::text is null or set_config('listing.actor', $4, true) is not null) returning id";
 
 pub async fn delete(
     request: HttpRequest,
     path: web::Path<String>,
+    payload: web::Payload,
     keys: web::Data<Keys>,
     database: web::Data<Database>,
 ) -> Result<HttpResponse, ApiError> {
-    // The history goes with the listing, so nobody is to stand in it.
-    let Writer { owner, actor: _ } = keys.writer(&request).await?;
+    let (Writer { owner, actor }, _) = keys.admit(&request, payload).await?;
     let id = id(&path)?;
     let if_match = IfMatch::of(&request);
     match database
-        .write(Some(id), DELETE, &[&id, &if_match.versions(), &owner])
+        .write(
+            Some(id),
+            DELETE,
+            &[&id, &if_match.versions(), &owner, &actor],
+        )
         .await?
         .first()
     {

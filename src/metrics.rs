@@ -10,7 +10,7 @@ use prometheus::{
 
 use crate::database::Database;
 use crate::server::Ways;
-use crate::servers::{Servers, State};
+use crate::servers::Servers;
 
 pub struct Metrics {
     registry: Registry,
@@ -122,12 +122,14 @@ impl Metrics {
             gauge.reset();
         }
         for (part, server) in self.servers.report() {
-            let values = match server.state() {
-                State::Up { writable, lag, .. } => {
-                    [1.0, f64::from(u8::from(writable)), lag.as_secs_f64()]
-                }
-                _ => [0.0, 0.0, f64::NAN],
+            let state = server.state();
+            let (up, lag) = match state.lag() {
+                Some(Duration::MAX) => (1.0, f64::INFINITY),
+                Some(lag) => (1.0, lag.as_secs_f64()),
+                None => (0.0, f64::NAN),
             };
+            let writable = f64::from(u8::from(state.kind() == Some(true)));
+            let values = [up, writable, lag];
             for (gauge, value) in self.states.iter().zip(values) {
                 gauge
                     .with_label_values(&[server.name.as_str(), part])

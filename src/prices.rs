@@ -179,7 +179,13 @@ pub async fn list(
         let after = row.map_or(Ok(wanted.after), |row| row.try_get("id"))?;
         let values: database::Parameters =
             &[&id, &after, &wanted.from, &wanted.to, &last, &pages::PAGE];
-        source.database.read(SELECT_PAGE, values).await
+        match source.database.read(SELECT_PAGE, values).await {
+            // The primary has all that a replica has.
+            Err(error) if error.is_of_this_server() => {
+                reader.primary().database.read(SELECT_PAGE, values).await
+            }
+            page => page,
+        }
     };
     pages::respond(&request, response, read, write).await
 }

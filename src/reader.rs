@@ -53,8 +53,8 @@ impl Reader {
         let source = |database: &Database| {
             Rc::new(Source {
                 database: database.clone(),
-                listings: Lane::new(database, listings::SELECT_BATCH, queue),
-                prices: Lane::new(database, prices::SELECT_BATCH, queue),
+                listings: Lane::new(database, listings::SELECT_BATCH, queue, false),
+                prices: Lane::new(database, prices::SELECT_BATCH, queue, false),
             })
         };
         Self {
@@ -83,12 +83,15 @@ impl Reader {
             match question(replica.clone()).await {
                 Ok(answer) if stands(&answer) => return Ok(answer),
                 Ok(_) => break,
-                // A replica also breaks off what stands in the way of replay.
-                Err(error) if error.is_unavailable() || error.is_internal() => (),
+                Err(error) if error.is_of_this_server() => (),
                 Err(error) => return Err(error),
             }
         }
         question(self.primary.clone()).await
+    }
+
+    pub fn primary(&self) -> &Source {
+        &self.primary
     }
 }
 
@@ -119,6 +122,7 @@ pub struct Lane<I> {
     sql: &'static str,
     /// Requests that wait at most.
     queue: usize,
+    writable: bool,
     session: RefCell<Option<Rc<Session>>>,
     /// Whether a question is under way. Its end begins the next, or leaves the lane idle.
     busy: Cell<bool>,
@@ -133,11 +137,13 @@ struct Session {
 }
 
 impl<I: Id> Lane<I> {
-    pub fn new(database: &Database, sql: &'static str, queue: usize) -> Rc<Self> {
+    /// `writable`: asks only a server that takes writes.
+    pub fn new(database: &Database, sql: &'static str, queue: usize, writable: bool) -> Rc<Self> {
         let lane = Rc::new(Self {
             database: database.clone(),
             sql,
             queue,
+            writable,
             session: RefCell::default(),
             busy: Cell::new(false),
             waiting: RefCell::default(),
@@ -270,6 +276,9 @@ impl<I: Id> Lane<I> {
 
     /// The connection of this lane, made where there is none that works.
     async fn session(&self) -> Result<Rc<Session>, ApiError> {
+        if self.writable {
+            self.database.writable().await?;
+        }
         let session = self.session.borrow().clone();
         if let Some(session) = session.filter(|session| !session.client.is_closed()) {
             return Ok(session);

@@ -69,17 +69,33 @@ pub enum State {
         in_doubt: bool,
     },
     /// Gone for a moment: requests wait.
-    Missing { since: Instant, why: String },
+    Missing { since: Instant, why: Why },
     /// Gone: requests are refused.
-    Down { why: String },
+    Down { why: Why },
+}
+
+/// Why requests do not go to a server.
+#[derive(Clone)]
+pub struct Why {
+    text: String,
+    /// How far it is behind, where it answers, but is not the kind of server that its URL asks for.
+    lag: Option<Duration>,
 }
 
 impl State {
-    /// Whether it takes writes, where it answers.
+    /// Where it answers, whether it takes writes.
     pub fn kind(&self) -> Option<bool> {
         match self {
             Self::Up { writable, .. } => Some(*writable),
             _ => None,
+        }
+    }
+
+    /// Where it answers, how long ago the primary was where it is now.
+    pub fn lag(&self) -> Option<Duration> {
+        match self {
+            Self::Up { lag, .. } => Some(*lag),
+            Self::Missing { why, .. } | Self::Down { why } => why.lag,
         }
     }
 }
@@ -87,12 +103,17 @@ impl State {
 impl Display for State {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Up { writable: true, .. } => f.write_str("takes reads and writes"),
-            Self::Up { lag, .. } if lag.is_zero() => f.write_str("takes reads only"),
-            Self::Up { lag, .. } => {
-                write!(f, "takes reads only, {:.3} s behind", lag.as_secs_f64())
+            Self::Up { writable: true, .. } => return f.write_str("takes reads and writes"),
+            Self::Up { .. } => f.write_str("takes reads only")?,
+            Self::Missing { why, .. } | Self::Down { why } if why.lag.is_some() => {
+                f.write_str(&why.text)?;
             }
-            Self::Missing { why, .. } | Self::Down { why } => write!(f, "is gone: {why}"),
+            Self::Missing { why, .. } | Self::Down { why } => write!(f, "is gone: {}", why.text)?,
+        }
+        match self.lag() {
+            None | Some(Duration::ZERO) => Ok(()),
+            Some(Duration::MAX) => f.write_str(", further behind than is known"),
+            Some(lag) => write!(f, ", {:.3} s behind", lag.as_secs_f64()),
         }
     }
 }
@@ -113,7 +134,10 @@ impl Servers {
                 connect_timeout: settings.connect_timeout,
                 patience,
                 state: watch::Sender::new(State::Down {
-                    why: "not asked yet".to_owned(),
+                    why: Why {
+                        text: "not asked yet".to_owned(),
+                        lag: None,
+                    },
                 }),
                 doubt: Notify::new(),
                 answered: AtomicBool::new(false),
@@ -157,19 +181,25 @@ impl Servers {
 
     async fn keep_asking(self: Arc<Self>, server: Arc<Server>, mut session: Option<Client>) {
         loop {
+            let mut former = None;
             tokio::select! {
                 () = sleep(INTERVAL) => (),
                 // A server that is shutting down may still answer those whom it knows.
-                () = server.doubt.notified() => session = None,
+                () = server.doubt.notified() => former = session.take(),
             }
-            let mut asked = std::pin::pin!(server.ask(&mut session));
-            let answer = if let Ok(answer) = timeout_at(server.end_of_patience(), &mut asked).await
-            {
-                answer
-            } else {
-                server.give_up();
-                asked.await
+            let answer = {
+                let mut asked = std::pin::pin!(server.ask(&mut session));
+                if let Ok(answer) = timeout_at(server.end_of_patience(), &mut asked).await {
+                    answer
+                } else {
+                    server.give_up();
+                    asked.await
+                }
             };
+            if matches!(answer, Err(Trouble { there: true, .. })) {
+                // There may not be another one for a while.
+                session = former;
+            }
             let before = server.state();
             self.note(&server, answer);
             let state = server.state();
@@ -190,22 +220,30 @@ impl Servers {
                 lag: self.lag(server, position),
                 in_doubt: false,
             },
-            Err(Trouble { why, there }) => match before {
-                // Whatever it has against one more connection.
-                State::Up { writable, lag, .. } if there => State::Up {
-                    writable,
-                    lag,
-                    in_doubt: false,
-                },
-                State::Up { .. } if server.patience > Duration::ZERO => State::Missing {
-                    since: Instant::now(),
-                    why,
-                },
-                State::Missing { since, .. } if since.elapsed() < server.patience => {
-                    State::Missing { since, why }
+            Err(Trouble {
+                text,
+                there,
+                position,
+            }) => {
+                let lag = position.map(|position| self.lag(server, position));
+                let why = Why { text, lag };
+                match before {
+                    // Whatever it has against one more connection.
+                    State::Up { writable, lag, .. } if there => State::Up {
+                        writable,
+                        lag,
+                        in_doubt: false,
+                    },
+                    State::Up { .. } if server.patience > Duration::ZERO => State::Missing {
+                        since: Instant::now(),
+                        why,
+                    },
+                    State::Missing { since, .. } if since.elapsed() < server.patience => {
+                        State::Missing { since, why }
+                    }
+                    _ => State::Down { why },
                 }
-                _ => State::Down { why },
-            },
+            }
         };
         server.state.send_replace(state);
         self.choose_the_primary();
@@ -240,7 +278,7 @@ impl Servers {
         }
     }
 
-    /// How long ago the primary was where this server is now.
+    /// How long ago the primary was where this server is now. The longest of all times if that was before it was asked first.
     fn lag(&self, server: &Arc<Server>, position: u64) -> Duration {
         /// Some twenty minutes.
         const MEMORY: usize = 5000;
@@ -248,17 +286,24 @@ impl Servers {
             .positions
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        let newest = positions.back().map_or(0, |(_, position)| *position);
-        if Arc::ptr_eq(server, &self.primary.borrow()) && position > newest {
-            positions.push_back((Instant::now(), position));
+        if Arc::ptr_eq(server, &self.primary.borrow()) {
+            if positions
+                .back()
+                .is_none_or(|(_, newest)| position > *newest)
+            {
+                positions.push_back((Instant::now(), position));
+            }
             if positions.len() > MEMORY {
                 positions.pop_front();
             }
+            return Duration::ZERO;
         }
-        let reached = positions.partition_point(|(_, reached)| *reached <= position);
-        positions
-            .get(reached)
-            .map_or(Duration::ZERO, |(since, _)| since.elapsed())
+        match positions.partition_point(|(_, reached)| *reached <= position) {
+            0 => Duration::MAX,
+            reached => positions
+                .get(reached)
+                .map_or(Duration::ZERO, |(since, _)| since.elapsed()),
+        }
     }
 
     pub fn primary(&self) -> Way {
@@ -271,7 +316,7 @@ impl Servers {
 
     /// Whether a replica answers and is not too far behind.
     pub fn is_current(&self, replica: &Server) -> bool {
-        matches!(*replica.state.borrow(), State::Up { lag, .. } if lag <= self.replica_lag)
+        matches!(*replica.state.borrow(), State::Up { lag, in_doubt: false, .. } if lag <= self.replica_lag)
     }
 
     /// Every server by its part, for operators.
@@ -297,23 +342,26 @@ impl Servers {
 }
 
 struct Trouble {
-    why: String,
+    text: String,
     /// Whether the server works all the same.
     there: bool,
+    /// Where it answers, but is not the kind of server that its URL asks for.
+    position: Option<u64>,
 }
 
 impl Trouble {
     fn of(error: &tokio_postgres::Error) -> Self {
         Self {
-            why: describe(error),
             there: error.code().is_some() && !connection_is_lost(error),
+            ..Self::because(&describe(error))
         }
     }
 
-    fn because(why: &str) -> Self {
+    fn because(text: &str) -> Self {
         Self {
-            why: why.to_owned(),
+            text: text.to_owned(),
             there: false,
+            position: None,
         }
     }
 }
@@ -347,13 +395,13 @@ impl Server {
                     let answer =
                         answer.ok_or_else(|| Trouble::because("an answer that is none"))?;
                     *session = Some(client);
+                    let unfit = |text| Trouble {
+                        position: Some(answer.position),
+                        ..Trouble::because(text)
+                    };
                     return match (self.config.get_target_session_attrs(), answer.writable) {
-                        (TargetSessionAttrs::ReadWrite, false) => {
-                            Err(Trouble::because("it is read-only"))
-                        }
-                        (TargetSessionAttrs::ReadOnly, true) => {
-                            Err(Trouble::because("it takes writes"))
-                        }
+                        (TargetSessionAttrs::ReadWrite, false) => Err(unfit("takes no writes")),
+                        (TargetSessionAttrs::ReadOnly, true) => Err(unfit("takes writes")),
                         _ => Ok(answer),
                     };
                 }
@@ -365,10 +413,12 @@ impl Server {
         let mut config = self.config.clone();
         // Otherwise a new session would be made for each question to a standby, which is asked for when it will take writes.
         config.target_session_attrs(TargetSessionAttrs::Any);
-        let connecting = timeout(
-            self.connect_timeout,
-            connect(config, self.tls.clone(), future::pending()),
-        );
+        let limit = match *self.state.borrow() {
+            State::Down { .. } => self.connect_timeout,
+            // Others wait to hear of it.
+            _ => self.connect_timeout.min(ANSWER_LIMIT),
+        };
+        let connecting = timeout(limit, connect(config, self.tls.clone(), future::pending()));
         let late = |_| Trouble::because("no connection to the database within the limit");
         let connected = connecting.await.map_err(late)?;
         connected
@@ -390,9 +440,7 @@ impl Server {
             let State::Missing { why, .. } = state else {
                 return false;
             };
-            *state = State::Down {
-                why: std::mem::take(why),
-            };
+            *state = State::Down { why: why.clone() };
             true
         });
     }

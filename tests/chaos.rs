@@ -233,7 +233,7 @@ struct World {
     /// To the primary, and to the standby.
     links: [Link; 2],
     instances: Vec<Service>,
-    settings: Vec<(&'static str, String)>,
+    read_url: String,
     url: String,
 }
 
@@ -243,7 +243,7 @@ impl World {
         let links = [Link::to(&primary), Link::to(&standby)];
         let url = over(&primary, &[&links[0].address, &links[1].address]);
         let mut world = Self {
-            settings: vec![("DATABASE_READ_URL", url.clone())],
+            read_url: url.clone(),
             url: format!("{url}?target_session_attrs=read-write"),
             random,
             primary,
@@ -259,12 +259,10 @@ impl World {
     }
 
     async fn instance(&self, address: &str) -> Service {
-        let mut settings: Vec<_> = self
-            .settings
-            .iter()
-            .map(|(name, value)| (*name, &**value))
-            .collect();
-        settings.push(("LISTEN_ADDR", address));
+        let settings = [
+            ("DATABASE_READ_URL", &*self.read_url),
+            ("LISTEN_ADDR", address),
+        ];
         Service::start_at(&self.url, Database::empty().await, &settings)
     }
 
@@ -498,10 +496,7 @@ fn verify(
         promised += usize::from(tale.prices[0].1 == Told::Done)
             + usize::from(tale.deleted == Some(Told::Done));
         let (Some((_, price)), Some(history)) = (listing, history) else {
-            promised += tale.prices[1..]
-                .iter()
-                .filter(|(_, told)| *told == Told::Done)
-                .count();
+            // Their log went with them.
             continue;
         };
         assert_eq!(
@@ -548,7 +543,7 @@ fn verify(
     );
     assert!(promised > 50, "{promised}");
     format!(
-        "{promised} writes were acknowledged: all there, each price once and in order, no problem in listing_price_log_problem\n\
+        "{promised} acknowledged writes, but for prices of listings that are gone: all there, each price once and in order, no problem in listing_price_log_problem\n\
          {} were answered 5xx or not at all: {done} done, {not_done} not, none by half",
         done + not_done
     )
