@@ -599,6 +599,32 @@ async fn responses_are_compressed_for_clients_that_ask() {
     }
 }
 
+#[test]
+fn every_write_and_no_read_takes_a_key() {
+    let scheme = &OPENAPI["components"]["securitySchemes"]["key"];
+    assert_eq!(
+        (&scheme["type"], &scheme["scheme"]),
+        (&json!("http"), &json!("bearer"))
+    );
+    let mut writes = 0;
+    for (path, operations) in OPENAPI["paths"].as_object().expect("paths") {
+        for (method, operation) in operations.as_object().expect("operations") {
+            let writes_one = ["put", "patch", "delete"].contains(&method.as_str());
+            let takes_a_key = writes_one || method == "post";
+            let responses = &operation["responses"];
+            assert_eq!(
+                operation["security"] == json!([{"key": []}, {}]),
+                takes_a_key,
+                "{method} {path}"
+            );
+            assert_eq!(responses["401"].is_object(), takes_a_key, "{method} {path}");
+            assert_eq!(responses["403"].is_object(), writes_one, "{method} {path}");
+            writes += usize::from(takes_a_key);
+        }
+    }
+    assert_eq!(writes, 4);
+}
+
 #[tokio::test]
 async fn the_docs_page_loads_nothing_from_other_hosts() {
     let service = Service::start().await;

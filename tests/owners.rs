@@ -3,7 +3,8 @@
 use tokio_postgres::Client;
 
 use crate::harness::{
-    Database, OTHER_COLUMNS, OTHER_VALUES, insert_listing, refusal, rows, run, value,
+    Database, OTHER_COLUMNS, OTHER_VALUES, in_checkout, insert_listing, printed, refusal, rows,
+    run, value,
 };
 
 /// A new key of an owner.
@@ -252,23 +253,38 @@ async fn each_role_gets_at_keys_and_owners_as_far_as_it_needs() {
 }
 
 #[tokio::test]
-async fn a_hostile_search_path_does_not_let_anybody_in() {
+async fn a_function_that_runs_as_its_owner_is_bound_to_what_it_was_made_with() {
     let db = Database::migrated().await;
-    key_of(&db.superuser, "a").await;
-    let service = db.login("service", "in role listing_api").await;
-    let hostile = format!("create schema hostile authorization {}_service", db.name);
-    run(&db.superuser, &hostile).await;
+    let unbound = "select proname from pg_proc where pronamespace = 'public'::regnamespace and prosecdef \
+        and (proconfig is null or not proconfig @> array['search_path=pg_catalog, pg_temp'])";
+    assert_eq!(rows(&db.superuser, unbound).await, [""; 0]);
+}
+
+#[tokio::test]
+async fn default_privileges_open_the_keys_to_nobody() {
+    let db = Database::empty().await;
+    for role in ["reporting", "app"] {
+        drop(db.login(role, "").await);
+    }
+    let (reporting, app) = (format!("{}_reporting", db.name), format!("{}_app", db.name));
     run(
-        &service,
-        "create function hostile.same(bytea, bytea) returns boolean language sql return true; \
-        create operator hostile.= (leftarg = bytea, rightarg = bytea, function = hostile.same); \
-        create temp table api_key (id bigint, owner text, key_sha256 bytea, revoked_at timestamptz); \
-        insert into pg_temp.api_key values (1, 'forged', 'x', null); \
-        set search_path = hostile, pg_temp, public, pg_catalog",
+        &db.superuser,
+        &format!(
+            "alter default privileges in schema public grant select on tables to {reporting}; \
+            alter default privileges in schema public grant all on tables to {app}, public"
+        ),
     )
     .await;
-    let found = rows(&service, "select from public.find_api_keys('{x}')").await;
-    assert_eq!(found, [""; 0]);
+    let output = db.migrate(&in_checkout("sql"));
+    assert!(output.status.success(), "{}", printed(&output));
+    let open = "select grantee::regrole from pg_class, aclexplode(relacl) \
+        where oid = 'api_key'::regclass and grantee <> relowner";
+    assert_eq!(rows(&db.superuser, open).await, [""; 0]);
+    run(
+        &db.superuser,
+        &format!("alter default privileges in schema public revoke all on tables from {reporting}, {app}; drop owned by {reporting}, {app}"),
+    )
+    .await;
 }
 
 #[tokio::test]
