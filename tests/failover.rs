@@ -3,9 +3,11 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::harness::{Cluster, rows, run, value};
+use tokio_postgres::Client;
+
+use crate::harness::{Cluster, alter_system, rows, run, value};
 use crate::outage::{Link, TWO_SECONDS, over, refused, service, under_load, within};
-use crate::service::{Connection, JSON, LOFT, Response, Service};
+use crate::service::{JSON, LOFT, Service};
 
 /// A primary that acknowledges nothing which its standby has not, and that standby.
 pub async fn pair() -> (Cluster, Cluster) {
@@ -18,12 +20,7 @@ pub async fn pair() -> (Cluster, Cluster) {
 /// From now on a commit waits for a standby. Waits for the one there is.
 pub async fn insist_on_a_standby(primary: &Cluster) {
     let superuser = primary.superuser().await;
-    run(
-        &superuser,
-        "alter system set synchronous_standby_names = '*'",
-    )
-    .await;
-    run(&superuser, "select pg_reload_conf()").await;
+    alter_system(&superuser, "set synchronous_standby_names = '*'").await;
     let synchronous = "select count(*) from pg_stat_replication where sync_state = 'sync'";
     let begun = Instant::now();
     while value(&superuser, synchronous).await != "1" {
@@ -32,10 +29,23 @@ pub async fn insist_on_a_standby(primary: &Cluster) {
     }
 }
 
-pub fn health(service: &Service, path: &str) -> Response {
-    let mut admin = Connection::to(&service.admin_address);
-    admin.write(format!("GET {path} HTTP/1.1\r\nhost: x\r\n\r\n").as_bytes());
-    admin.receive_unchecked("GET")
+/// Lets the first listing arrive at a replica, and no more. A session there.
+pub async fn stop_behind_the_first_listing(replica: &Cluster) -> Client {
+    let superuser = replica.superuser().await;
+    let begun = Instant::now();
+    while value(&superuser, "select count(*) from listing_price_log").await != "1" {
+        assert!(begun.elapsed() < Duration::from_secs(10));
+    }
+    pause_replay(&superuser).await;
+    superuser
+}
+
+async fn pause_replay(superuser: &Client) {
+    run(superuser, "select pg_wal_replay_pause()").await;
+    let begun = Instant::now();
+    while value(superuser, "select pg_get_wal_replay_pause_state()").await != "paused" {
+        assert!(begun.elapsed() < Duration::from_secs(10));
+    }
 }
 
 #[tokio::test]
@@ -50,13 +60,13 @@ async fn writes_reach_a_promoted_standby_and_no_acknowledged_one_is_lost() {
             two.address, one.address
         );
         within(TWO_SECONDS, &report, || {
-            health(&service, "/health/ready").text() == report
+            service.admin("/health/ready").text() == report
         });
         let line = format!(
             "database_server_up{{part=\"standby\",server=\"{}\"}} 1",
             two.address
         );
-        assert!(health(&service, "/metrics").text().contains(&line));
+        assert!(service.admin("/metrics").text().contains(&line));
         for _ in 0..4 {
             assert_eq!(service.post(LOFT).status, 201);
         }
@@ -86,7 +96,7 @@ async fn writes_reach_a_promoted_standby_and_no_acknowledged_one_is_lost() {
         });
         refused(&replies);
         assert_eq!(service.get("/listings/1").status, 200);
-        let report = health(&service, "/health/ready");
+        let report = service.admin("/health/ready");
         assert_eq!(report.status, 200, "{}", report.text());
         assert!(
             report
@@ -131,17 +141,12 @@ async fn a_server_that_became_read_only_is_left() {
     assert_eq!(service.post(LOFT).status, 201);
     assert_eq!(service.get("/listings/1").status, 200);
     let superuser = primary.superuser().await;
-    run(
-        &superuser,
-        "alter system set default_transaction_read_only = on",
-    )
-    .await;
-    run(&superuser, "select pg_reload_conf()").await;
+    alter_system(&superuser, "set default_transaction_read_only = on").await;
     within(TWO_SECONDS, "a refusal", || {
         service.send("PATCH", "/listings/1", JSON, "{}").status == 503
     });
     within(TWO_SECONDS, "not ready", || {
-        health(&service, "/health/ready").status == 503
+        service.admin("/health/ready").status == 503
     });
     let still = "select query from pg_stat_activity where application_name = 'listing-api' and query !~ 'transaction_read_only'";
     let begun = Instant::now();
@@ -153,19 +158,18 @@ async fn a_server_that_became_read_only_is_left() {
         );
     }
     standby.call("promote");
-    run(
+    alter_system(
         &standby.superuser().await,
-        "alter system reset synchronous_standby_names",
+        "reset synchronous_standby_names",
     )
     .await;
-    run(&standby.superuser().await, "select pg_reload_conf()").await;
     within(Duration::from_secs(3), "a write", || {
         service.send("PATCH", "/listings/1", JSON, "{}").status == 200
     });
     assert_eq!(service.get("/listings/1").status, 200);
 }
 
-/// How often each server was asked for listings or prices by the sessions it has now.
+/// Whether a server was asked for listings or prices by one of the sessions it has now.
 async fn asked(server: &Cluster) -> bool {
     let asked = "select count(*) > 0 from pg_stat_activity \
         where application_name = 'listing-api' and query ~ 'unnest\\(|any\\(\\$1\\)'";
@@ -213,7 +217,7 @@ async fn replicas_are_read_in_turn_and_those_that_are_down_are_skipped() {
     }
     read_all();
     assert!(asked(&replicas[0]).await && asked(&replicas[1]).await);
-    let report = health(&service, "/health/ready");
+    let report = service.admin("/health/ready");
     let lines: Vec<_> = report.text().lines().collect();
     assert_eq!(
         lines[..2],
@@ -236,7 +240,7 @@ async fn replicas_are_read_in_turn_and_those_that_are_down_are_skipped() {
     replicas[1].kill();
     read_all();
     assert!(asked(&primary).await);
-    let metrics = health(&service, "/metrics");
+    let metrics = service.admin("/metrics");
     for (part, server, up) in [("primary", &primary, 1), ("replica", &replicas[0], 0)] {
         let line = format!(
             "database_server_up{{part=\"{part}\",server=\"{}\"}} {up}",
@@ -254,7 +258,7 @@ async fn replicas_are_read_in_turn_and_those_that_are_down_are_skipped() {
         replicas[0].address()
     );
     within(TWO_SECONDS, &line, || {
-        health(&service, "/metrics").text().contains(&line)
+        service.admin("/metrics").text().contains(&line)
     });
     read_all();
     assert!(asked(&replicas[0]).await);
@@ -266,7 +270,7 @@ async fn replicas_are_read_in_turn_and_those_that_are_down_are_skipped() {
         service.get("/listings/7").status == 503 && service.post(LOFT).status == 503
     });
     read_all();
-    assert_eq!(health(&service, "/health/ready").status, 503);
+    assert_eq!(service.admin("/health/ready").status, 503);
 }
 
 #[tokio::test]
@@ -280,15 +284,7 @@ async fn a_replica_that_lags_never_contradicts_what_a_client_wrote() {
     let service = service(&primary.url, &settings).await;
     let old = service.post(LOFT);
     let old_etag = old.header("etag").expect("an ETag").to_owned();
-    let replaying = replica.superuser().await;
-    let begun = Instant::now();
-    while value(&replaying, "select count(*) from listing_price_log").await != "1" {
-        assert!(begun.elapsed() < Duration::from_secs(10));
-    }
-    run(&replaying, "select pg_wal_replay_pause()").await;
-    while value(&replaying, "select pg_get_wal_replay_pause_state()").await != "paused" {
-        assert!(begun.elapsed() < Duration::from_secs(10));
-    }
+    let _replaying = stop_behind_the_first_listing(&replica).await;
     let written = service.send("PATCH", "/listings/1", JSON, r#"{"latest_price_eur":1}"#);
     let etag = written.header("etag").expect("an ETag").to_owned();
     // Without a word about what it has seen, a client may be told what was.
@@ -345,15 +341,7 @@ async fn a_replica_that_is_too_far_behind_is_not_asked() {
     let replica = primary.standby();
     let writer = service(&primary.url, &[]).await;
     writer.post(LOFT);
-    let replaying = replica.superuser().await;
-    let begun = Instant::now();
-    while value(&replaying, "select count(*) from listing_price_log").await != "1" {
-        assert!(begun.elapsed() < Duration::from_secs(10));
-    }
-    run(&replaying, "select pg_wal_replay_pause()").await;
-    while value(&replaying, "select pg_get_wal_replay_pause_state()").await != "paused" {
-        assert!(begun.elapsed() < Duration::from_secs(10));
-    }
+    let replaying = stop_behind_the_first_listing(&replica).await;
     let price = |service: &Service| service.get("/listings/1").json()["latest_price_eur"].clone();
     let reprice = |price: i32| {
         let body = format!("{{\"latest_price_eur\":{price}}}");
@@ -367,7 +355,7 @@ async fn a_replica_that_is_too_far_behind_is_not_asked() {
     ];
     let service = service(&primary.url, &settings).await;
     assert_eq!(price(&service), 1);
-    let health_of = |path| health(&service, path).text().to_owned();
+    let health_of = |path| service.admin(path).text().to_owned();
     assert!(
         health_of("/health/ready").ends_with("takes reads only, further behind than is known\n")
     );
@@ -375,7 +363,7 @@ async fn a_replica_that_is_too_far_behind_is_not_asked() {
     within(TWO_SECONDS, "a replica that has caught up", || {
         health_of("/health/ready").ends_with("takes reads only\n")
     });
-    run(&replaying, "select pg_wal_replay_pause()").await;
+    pause_replay(&replaying).await;
     reprice(2);
     let behind = Instant::now();
     within(TWO_SECONDS, "the new price", || price(&service) == 2);

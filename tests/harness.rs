@@ -250,6 +250,12 @@ pub async fn run(client: &Client, sql: &str) {
     }
 }
 
+/// Changes a setting of the server, as `alter system` has it, for everybody.
+pub async fn alter_system(client: &Client, change: &str) {
+    run(client, &format!("alter system {change}")).await;
+    run(client, "select pg_reload_conf()").await;
+}
+
 /// Runs statements that must be refused, and returns the code and the message of the refusal.
 pub async fn refusal(client: &Client, sql: &str) -> String {
     let error = client.batch_execute(sql).await.expect_err(sql);

@@ -8,10 +8,11 @@ use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle;
 
+use crate::failover::stop_behind_the_first_listing;
 use crate::harness::{Cluster, Database, in_checkout, printed, refinery, rows, run, value};
 use crate::outage::{over, within};
 use crate::owners::{administrators_key, insert_owned, key_of, revoke};
-use crate::service::{Connection, JSON, LOFT, Service, command, service_url};
+use crate::service::{JSON, LOFT, Service, command, service_url};
 use crate::start::{WAITING, wait_for};
 
 const NOT_VALID: &str = "authorization: the key is not valid";
@@ -668,9 +669,7 @@ async fn no_key_and_no_hash_is_written_down_anywhere() {
     run(&superuser, "select revoke_api_key(1)").await;
     post(&bearer(&key), 401);
 
-    let mut admin = Connection::to(&service.admin_address);
-    admin.write(b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n");
-    said.push(admin.receive_unchecked("GET").text().to_owned());
+    said.push(service.admin("/metrics").text().to_owned());
     let check = command(&url).envs(settings).arg("--check").output();
     let check = printed(&check.expect("the program"));
     assert!(check.contains("with AUTH=keys"), "{check}");
@@ -706,15 +705,7 @@ async fn a_key_is_looked_up_where_writes_are_taken() {
     let service = crate::outage::service(&both, &settings).await;
     let created = service.send("POST", "/listings", &bearer(&old), LOFT);
     assert_eq!(created.status, 201);
-    let replaying = replica.superuser().await;
-    let begun = Instant::now();
-    while value(&replaying, "select count(*) from listing_price_log").await != "1" {
-        assert!(begun.elapsed() < Duration::from_secs(10));
-    }
-    run(&replaying, "select pg_wal_replay_pause()").await;
-    while value(&replaying, "select pg_get_wal_replay_pause_state()").await != "paused" {
-        assert!(begun.elapsed() < Duration::from_secs(10));
-    }
+    let replaying = stop_behind_the_first_listing(&replica).await;
     // What the standby does not know yet.
     let new = key_of(&superuser, "a").await;
     revoke(&superuser, &old).await;

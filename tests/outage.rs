@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use crate::harness::{Cluster, Database, run, value};
+use crate::harness::{Cluster, Database, alter_system, run, value};
 use crate::service::{JSON, LOFT, Service};
 
 /// A way to a server that can be cut: nothing gets through, and nobody is told.
@@ -312,12 +312,7 @@ async fn a_write_whose_answer_got_lost_is_not_repeated() {
     let service = with_four_listings(&cluster.url, &[("POOL_WAIT_MS", "20000")]).await;
     // The write is done, but its answer waits for a standby that is nowhere.
     let superuser = cluster.superuser().await;
-    run(
-        &superuser,
-        "alter system set synchronous_standby_names = 'nobody'",
-    )
-    .await;
-    run(&superuser, "select pg_reload_conf()").await;
+    alter_system(&superuser, "set synchronous_standby_names = 'nobody'").await;
     let address = service.address.clone();
     let client = thread::spawn(move || ask(&address, "POST", "/listings", JSON, LOFT));
     let begun = Instant::now();
@@ -485,11 +480,7 @@ async fn sessions_that_are_ended_or_emptied_cost_no_error() {
     all_is_well("statements deallocated");
     run(&superuser, "alter table listing disable row level security").await;
 
-    let role = value(
-        &superuser,
-        "select rolname from pg_roles where rolname ~ ('^' || current_database() || '_login')",
-    )
-    .await;
+    let role = format!("{}_login", service.db.name);
     run(
         &superuser,
         &format!("alter role {role} set idle_session_timeout = '100ms'; {terminate}"),
@@ -506,11 +497,7 @@ async fn a_server_without_a_free_slot_keeps_the_connections_that_it_has() {
     let service = Service::start_with(Database::migrated().await, &[("WORKERS", "1")]).await;
     service.post(LOFT);
     assert_eq!(service.get("/listings/1").status, 200);
-    let role = value(
-        &service.db.superuser,
-        "select rolname from pg_roles where rolname ~ ('^' || current_database() || '_login')",
-    )
-    .await;
+    let role = format!("{}_login", service.db.name);
     run(
         &service.db.superuser,
         &format!("alter role {role} connection limit 1"),

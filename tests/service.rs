@@ -108,6 +108,13 @@ impl Service {
         self.send("GET", path, "", "")
     }
 
+    /// What operators get, from the other listener.
+    pub fn admin(&self, path: &str) -> Response {
+        let mut admin = Connection::to(&self.admin_address);
+        admin.write(format!("GET {path} HTTP/1.1\r\nhost: x\r\n\r\n").as_bytes());
+        admin.receive_unchecked("GET")
+    }
+
     pub fn post(&self, body: &str) -> Response {
         self.send("POST", "/listings", JSON, body)
     }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 
-use crate::harness::{Cluster, Database, in_checkout, printed, refinery, run, value};
+use crate::harness::{Cluster, Database, alter_system, in_checkout, printed, refinery, run, value};
 use crate::service::{Connection, JSON, LOFT, Service, command, service_url};
 
 /// Asserts that the program ends within 10 s with exit code 1 and exactly this sentence.
@@ -309,9 +309,7 @@ async fn a_stop_lets_the_requests_under_way_finish() {
         // Told apart from a crash by whoever asks, while requests are still served.
         let told = Instant::now();
         let not_ready = loop {
-            let mut admin = Connection::to(&service.admin_address);
-            admin.write(b"GET /health/ready HTTP/1.1\r\nhost: x\r\n\r\n");
-            let response = admin.receive_unchecked("GET");
+            let response = service.admin("/health/ready");
             if response.status != 200 || told.elapsed() > Duration::from_secs(10) {
                 break response;
             }
@@ -346,11 +344,7 @@ async fn health_and_metrics_tell_what_is_going_on() {
     service.get("/listings/1");
     service.get("/listings/7");
     service.get("/nothing/here");
-    let ask = |path: &str| {
-        let mut admin = Connection::to(&service.admin_address);
-        admin.write(format!("GET {path} HTTP/1.1\r\nhost: x\r\n\r\n").as_bytes());
-        admin.receive_unchecked("GET")
-    };
+    let ask = |path: &str| service.admin(path);
     assert_eq!(
         (ask("/health/live").status, ask("/health/ready").status),
         (200, 200)
@@ -647,8 +641,7 @@ async fn a_database_with_tls_is_trusted_by_its_chain_and_its_name() {
         let write = format!("copy (values ('{lines}')) to program 'umask 077; cat > {file}'");
         run(&superuser, &write).await;
     }
-    run(&superuser, "alter system set ssl = on").await;
-    run(&superuser, "select pg_reload_conf()").await;
+    alter_system(&superuser, "set ssl = on").await;
 
     let by_name = format!(
         "{}?sslmode=require",
