@@ -8,6 +8,7 @@ use actix_web::http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use actix_web::middleware::Next;
 use actix_web::{Error, web};
 
+use crate::awake::UnderWay;
 use crate::error::Cause;
 use crate::metrics::Metrics;
 use crate::settings::Settings;
@@ -26,7 +27,9 @@ pub async fn edge(
     let settings = request.app_data::<web::Data<Settings>>().cloned();
     let metrics = request.app_data::<web::Data<Metrics>>().cloned();
 
+    let under_way = UnderWay::begin();
     let mut response = next.call(request).await?;
+    under_way.end();
 
     if let Some(metrics) = metrics {
         let route = response.request().match_pattern();

@@ -8,10 +8,12 @@
 //! - [`servers`]: which of them is the primary, who can be read. [`database`]: the pool for writes and lists, the check of the
 //!   schema. [`reader`]: reads by id, shared.
 //! - [`keys`]: who may write, and as whom.
-//! - [`error`]: from every failure to a status and a message. [`edge`] and [`wire`]: what every response shares.
+//! - [`error`]: from every failure to a status and a message. [`edge`] and [`wire`]: what every response shares. [`awake`]:
+//!   quick answers to whoever is alone.
 //! - [`admin`] and [`metrics`]: for operators. [`docs`]: for consumers.
 
 mod admin;
+mod awake;
 mod conditions;
 mod database;
 mod docs;

@@ -147,6 +147,22 @@ async fn held_up(settings: &[(&str, &str)]) -> (Service, Connection, Vec<Connect
 }
 
 #[tokio::test]
+async fn a_worker_with_nothing_to_do_sleeps() {
+    let (service, mut first, _clients) = held_up(&[]).await;
+    let assert_asleep = || {
+        let before = service.processor_time();
+        thread::sleep(Duration::from_secs(1));
+        let used = service.processor_time().saturating_sub(before);
+        assert!(used < Duration::from_millis(300), "{used:?} in a second");
+    };
+    // While PostgreSQL takes its time, and while nobody asks for anything.
+    assert_asleep();
+    run(&service.db.superuser, "commit").await;
+    first.receive("GET", "/listings/1");
+    assert_asleep();
+}
+
+#[tokio::test]
 async fn a_row_that_cannot_be_read_fails_only_those_who_ask_for_it() {
     let (service, mut first, mut clients) = held_up(&[]).await;
     let breaks = "alter table listing enable row level security; \

@@ -150,6 +150,17 @@ impl Service {
         self.child.wait().expect("its end").code()
     }
 
+    /// What it has had of the processors.
+    pub fn processor_time(&self) -> Duration {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id()));
+        let stat = stat.expect("the state of the process");
+        // The 14th and 15th field, in ticks of 10 ms. The second is the name, in parentheses.
+        let (_, fields) = stat.rsplit_once(')').expect("a name");
+        let ticks = fields.split_whitespace().skip(11).take(2);
+        let ticks = ticks.map(|field| field.parse::<u32>().expect("a number"));
+        Duration::from_millis(10) * ticks.sum()
+    }
+
     pub fn resident_kib(&self) -> usize {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id()));
         let status = status.expect("the status of the process");
