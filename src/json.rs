@@ -1,6 +1,6 @@
 //! JSON bodies: read field by field, so that the answer names each field that is wrong, and written.
 
-use std::collections::HashSet;
+use std::borrow::Cow;
 use std::error::Error;
 use std::fmt;
 use std::time::Duration;
@@ -69,12 +69,36 @@ pub async fn read(mut payload: web::Payload) -> Result<Bytes, ApiError> {
     timeout(TRICKLE_LIMIT, read).await.map_err(late)?
 }
 
-/// The fields of a JSON object, still as text.
-pub struct Object<'a> {
-    path: &'static str,
-    fields: Vec<(String, &'a RawValue)>,
-    /// Whether a field that is not there is a problem.
+/// Reads a body that has to be an object, by a function that takes its fields.
+pub fn parse<'a, T>(
+    body: &'a [u8],
     complete: bool,
+    read: impl FnOnce(&mut Object<'a>, &mut Problems) -> T,
+) -> Result<T, ApiError> {
+    let mut problems = Problems::default();
+    let text = std::str::from_utf8(body).ok();
+    let object = text.and_then(|text| Object::of(text, "", complete));
+    let value = object.map(|mut object| {
+        let value = read(&mut object, &mut problems);
+        object.finish(&mut problems);
+        value
+    });
+    match value {
+        Some(value) if problems.0.is_empty() => return Ok(value),
+        Some(_) => (),
+        None => problems.0.push("the body must be an object".to_owned()),
+    }
+    // What is no JSON, down to the escapes and the size of the numbers, is refused as such, whatever was found in it.
+    if let Err(error) = serde_json::from_slice::<serde_json::Value>(body) {
+        // The position, without the words of the library, which may quote what was sent.
+        let message = format!(
+            "the body is not JSON: line {}, column {}",
+            error.line(),
+            error.column()
+        );
+        return Err(ApiError::malformed(message));
+    }
+    Err(ApiError::invalid(problems.0.join("; ")))
 }
 
 /// What is wrong with a body, each with the path of its field.
@@ -88,73 +112,44 @@ impl Problems {
             self.0.push(format!("{path}{name}: {problem}"));
         }
     }
-
-    pub fn into_result(self) -> Result<(), ApiError> {
-        if self.0.is_empty() {
-            Ok(())
-        } else {
-            Err(ApiError::invalid(self.0.join("; ")))
-        }
-    }
 }
 
-impl<'a> Object<'a> {
-    /// Reads a body. What is no JSON is refused here as malformed, down to the escapes and the size of the numbers.
-    pub fn parse(
-        body: &'a [u8],
-        complete: bool,
-        problems: &mut Problems,
-    ) -> Result<Self, ApiError> {
-        if let Err(error) = serde_json::from_slice::<serde_json::Value>(body) {
-            // The position, without the words of the library, which may quote what was sent.
-            let message = format!(
-                "the body is not JSON: line {}, column {}",
-                error.line(),
-                error.column()
-            );
-            return Err(ApiError::malformed(message));
-        }
-        let malformed = |_| ApiError::malformed("the body is not JSON");
-        let text =
-            std::str::from_utf8(body).map_err(|_| ApiError::malformed("the body is not UTF-8"))?;
-        let value: &RawValue = serde_json::from_str(text).map_err(malformed)?;
-        let object = Self::of(value, "", complete, problems)?;
-        object.ok_or_else(|| ApiError::invalid("the body must be an object"))
-    }
+/// The fields of a JSON object, still as text.
+pub struct Object<'a> {
+    path: &'static str,
+    fields: Vec<(Text<'a>, &'a RawValue)>,
+    /// Whether a field that is not there is a problem.
+    complete: bool,
+}
 
-    fn of(
-        value: &'a RawValue,
-        path: &'static str,
-        complete: bool,
-        problems: &mut Problems,
-    ) -> Result<Option<Self>, ApiError> {
-        if !value.get().starts_with('{') {
-            return Ok(None);
-        }
-        let Fields(all) = serde_json::from_str(value.get()).map_err(ApiError::internal)?;
-        let mut seen = HashSet::new();
-        let mut fields: Vec<(String, &RawValue)> = Vec::with_capacity(all.len());
-        for (name, value) in all {
-            if seen.insert(name.clone()) {
-                fields.push((name, value));
-            } else {
-                problems.add(path, &name, "must be given once");
-            }
-        }
-        Ok(Some(Self {
+/// A string of JSON, which is copied only where it has escapes.
+#[derive(Deserialize)]
+struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
+
+impl<'a> Object<'a> {
+    /// None if it is something else.
+    fn of(text: &'a str, path: &'static str, complete: bool) -> Option<Self> {
+        let Fields(fields) = serde_json::from_str(text).ok()?;
+        Some(Self {
             path,
             fields,
             complete,
-        }))
+        })
     }
 
-    fn take(&mut self, name: &str) -> Option<&'a RawValue> {
-        let index = self.fields.iter().position(|(field, _)| field == name)?;
-        Some(self.fields.swap_remove(index).1)
+    fn take(&mut self, name: &str, problems: &mut Problems) -> Option<&'a RawValue> {
+        let is_it = |(field, _): &(Text, _)| field.0 == name;
+        let index = self.fields.iter().position(is_it)?;
+        let (_, value) = self.fields.remove(index);
+        if self.fields.iter().any(is_it) {
+            problems.add(self.path, name, "must be given once");
+            self.fields.retain(|field| !is_it(field));
+        }
+        Some(value)
     }
 
     fn take_required(&mut self, name: &str, problems: &mut Problems) -> Option<&'a RawValue> {
-        let value = self.take(name);
+        let value = self.take(name, problems);
         if value.is_none() && self.complete {
             problems.add(self.path, name, "is required");
         }
@@ -167,15 +162,13 @@ impl<'a> Object<'a> {
         name: &str,
         path: &'static str,
         problems: &mut Problems,
-    ) -> Result<Option<Self>, ApiError> {
-        let Some(value) = self.take_required(name, problems) else {
-            return Ok(None);
-        };
-        let object = Self::of(value, path, self.complete, problems)?;
+    ) -> Option<Self> {
+        let value = self.take_required(name, problems)?;
+        let object = Self::of(value.get(), path, self.complete);
         if object.is_none() {
             problems.add(self.path, name, "must be an object");
         }
-        Ok(object)
+        object
     }
 
     /// A field of a type, read by a function that says what is wrong with it.
@@ -183,7 +176,7 @@ impl<'a> Object<'a> {
         &mut self,
         name: &str,
         problems: &mut Problems,
-        read: impl FnOnce(&str) -> Result<T, &'static str>,
+        read: impl FnOnce(&'a str) -> Result<T, &'static str>,
     ) -> Option<T> {
         let value = self.take_required(name, problems)?;
         let read = read(value.get());
@@ -196,7 +189,7 @@ impl<'a> Object<'a> {
         name: &str,
         problems: &mut Problems,
         rule: impl FnOnce(&str) -> Result<(), &'static str>,
-    ) -> Option<String> {
+    ) -> Option<Cow<'a, str>> {
         self.field(name, problems, |text| string(text, rule))
     }
 
@@ -210,8 +203,8 @@ impl<'a> Object<'a> {
         name: &str,
         problems: &mut Problems,
         rule: impl FnOnce(&str) -> Result<(), &'static str>,
-    ) -> Option<Option<String>> {
-        let read = match self.take(name)?.get() {
+    ) -> Option<Option<Cow<'a, str>>> {
+        let read = match self.take(name, problems)?.get() {
             "null" => Ok(None),
             text => string(text, rule).map(Some),
         };
@@ -250,7 +243,7 @@ impl<'a> Object<'a> {
 
     /// Reports the fields that nobody took: the contract knows no others.
     pub fn finish(self, problems: &mut Problems) {
-        for (name, _) in &self.fields {
+        for (Text(name), _) in &self.fields {
             problems.add(self.path, name, "is not a field of a listing");
         }
     }
@@ -259,8 +252,8 @@ impl<'a> Object<'a> {
 fn string(
     text: &str,
     rule: impl FnOnce(&str) -> Result<(), &'static str>,
-) -> Result<String, &'static str> {
-    let value: String = serde_json::from_str(text).map_err(|_| "must be a string")?;
+) -> Result<Cow<'_, str>, &'static str> {
+    let Text(value) = serde_json::from_str(text).map_err(|_| "must be a string")?;
     if value.contains('\0') {
         return Err("must not contain the character U+0000");
     }
@@ -268,7 +261,7 @@ fn string(
 }
 
 /// All fields in their order, also those that are given twice.
-struct Fields<'a>(Vec<(String, &'a RawValue)>);
+struct Fields<'a>(Vec<(Text<'a>, &'a RawValue)>);
 
 impl<'de> Deserialize<'de> for Fields<'de> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -281,7 +274,7 @@ impl<'de> Deserialize<'de> for Fields<'de> {
             }
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-                let mut fields = Vec::new();
+                let mut fields = Vec::with_capacity(12);
                 while let Some(field) = map.next_entry()? {
                     fields.push(field);
                 }

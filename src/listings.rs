@@ -1,5 +1,6 @@
 //! A listing's whole life: what it looks like, how it is checked, and the statements behind each method.
 
+use std::borrow::Cow;
 use std::rc::Rc;
 
 use actix_web::http::{StatusCode, header};
@@ -12,7 +13,7 @@ use crate::conditions::{self, IfMatch};
 use crate::database::Database;
 use crate::error::ApiError;
 use crate::euros::Euros;
-use crate::json::{self, Moment, Object, Problems};
+use crate::json::{self, Moment};
 use crate::keys::{Keys, Writer};
 use crate::pages;
 use crate::parameters::Parameters;
@@ -82,14 +83,14 @@ fn write(row: &Row, json: &mut Vec<u8>) -> Result<(), ApiError> {
 }
 
 /// What a body asks for. A field that it does not name is `None`.
-struct Input {
-    name: Option<String>,
-    street_address: Option<String>,
-    postal_code: Option<String>,
-    city: Option<String>,
-    country: Option<String>,
-    description: Option<String>,
-    building_type: Option<String>,
+struct Input<'a> {
+    name: Option<Cow<'a, str>>,
+    street_address: Option<Cow<'a, str>>,
+    postal_code: Option<Cow<'a, str>>,
+    city: Option<Cow<'a, str>>,
+    country: Option<Cow<'a, str>>,
+    description: Option<Cow<'a, str>>,
+    building_type: Option<Cow<'a, str>>,
     price: Option<Euros>,
     surface_area_m2: Option<f64>,
     rooms_count: Option<i32>,
@@ -99,41 +100,43 @@ struct Input {
         clippy::option_option,
         reason = "absent, null and a string are three things"
     )]
-    contact_phone_number: Option<Option<String>>,
+    contact_phone_number: Option<Option<Cow<'a, str>>>,
 }
 
-impl Input {
+impl<'a> Input<'a> {
     /// Reads a body: one that has to be `complete`, or one that names what to change.
-    fn parse(body: &[u8], complete: bool) -> Result<Self, ApiError> {
-        let mut all_problems = Problems::default();
-        let problems = &mut all_problems;
-        let mut object = Object::parse(body, complete, problems)?;
-        let name = object.string("name", problems, not_empty);
-        let (mut street_address, mut postal_code, mut city, mut country) = (None, None, None, None);
-        if let Some(mut address) = object.object("postal_address", "postal_address.", problems)? {
-            street_address = address.string("street_address", problems, not_empty);
-            postal_code = address.string("postal_code", problems, not_empty);
-            city = address.string("city", problems, not_empty);
-            country = address.string("country", problems, two_capital_letters);
-            address.finish(problems);
-        }
-        let input = Self {
-            name,
-            street_address,
-            postal_code,
-            city,
-            country,
-            description: object.string("description", problems, not_empty),
-            building_type: object.string("building_type", problems, known_building_type),
-            price: object.euros("latest_price_eur", problems),
-            surface_area_m2: object.measure("surface_area_m2", problems),
-            rooms_count: object.integer("rooms_count", problems, 1),
-            bedrooms_count: object.integer("bedrooms_count", problems, 0),
-            contact_phone_number: object.nullable_string("contact_phone_number", problems, e164),
-        };
-        object.finish(problems);
-        all_problems.into_result()?;
-        Ok(input)
+    fn parse(body: &'a [u8], complete: bool) -> Result<Self, ApiError> {
+        json::parse(body, complete, |object, problems| {
+            let name = object.string("name", problems, not_empty);
+            let (mut street_address, mut postal_code, mut city, mut country) =
+                (None, None, None, None);
+            if let Some(mut address) = object.object("postal_address", "postal_address.", problems)
+            {
+                street_address = address.string("street_address", problems, not_empty);
+                postal_code = address.string("postal_code", problems, not_empty);
+                city = address.string("city", problems, not_empty);
+                country = address.string("country", problems, two_capital_letters);
+                address.finish(problems);
+            }
+            Self {
+                name,
+                street_address,
+                postal_code,
+                city,
+                country,
+                description: object.string("description", problems, not_empty),
+                building_type: object.string("building_type", problems, known_building_type),
+                price: object.euros("latest_price_eur", problems),
+                surface_area_m2: object.measure("surface_area_m2", problems),
+                rooms_count: object.integer("rooms_count", problems, 1),
+                bedrooms_count: object.integer("bedrooms_count", problems, 0),
+                contact_phone_number: object.nullable_string(
+                    "contact_phone_number",
+                    problems,
+                    e164,
+                ),
+            }
+        })
     }
 }
 
@@ -355,7 +358,7 @@ async fn update(
     database: &Database,
     writer: Writer,
     id: i32,
-    input: Input,
+    input: Input<'_>,
 ) -> Result<HttpResponse, ApiError> {
     let Input {
         name,
