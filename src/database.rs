@@ -1,12 +1,15 @@
 //! Statements on a pool of connections to one server, for writes and lists, and the check of the schema.
 
 use std::collections::HashMap;
+use std::pin::pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use deadpool_postgres::{
     Connect, Manager, ManagerConfig, Object, Pool, PoolError, RecyclingMethod, Runtime, Status,
 };
+use futures_util::future::maybe_done;
+use futures_util::poll;
 use refinery::embed_migrations;
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
@@ -14,7 +17,7 @@ use rustls::{ClientConfig, RootCertStore};
 use tokio::sync::{OwnedMutexGuard, Semaphore};
 use tokio::time::timeout;
 use tokio_postgres::types::ToSql;
-use tokio_postgres::{Client, Config, Row};
+use tokio_postgres::{Client, Config, Row, Statement};
 use tokio_postgres_rustls::MakeRustlsConnect;
 
 use crate::error::{ApiError, connection_is_lost, describe, is_refusal, statement_is_stale};
@@ -126,7 +129,7 @@ impl Database {
 
     /// Runs one statement that only reads.
     pub async fn read(&self, sql: &str, parameters: Parameters<'_>) -> Result<Vec<Row>, ApiError> {
-        self.run(sql, parameters, false).await
+        self.run_one(sql, parameters, false).await
     }
 
     /// Runs one statement that writes, to a listing if it is there already. The writers of a listing go one by one, so that
@@ -141,6 +144,16 @@ impl Database {
             Some(listing) => Some(self.turn(listing).await?),
             None => None,
         };
+        self.run_one(sql, parameters, true).await
+    }
+
+    /// Runs a statement that writes once for each of these parameters, all of them or none, and returns the rows of each. They
+    /// share a round trip and a commit.
+    pub async fn write_all(
+        &self,
+        sql: &str,
+        parameters: &[Parameters<'_>],
+    ) -> Result<Vec<Vec<Row>>, ApiError> {
         self.run(sql, parameters, true).await
     }
 
@@ -162,14 +175,24 @@ impl Database {
         Ok(turn)
     }
 
-    /// Runs one statement on a connection of its own, and gives the connection back before it returns. What has not been done
-    /// for want of a connection is tried once more: a write only if the server said so itself.
-    async fn run(
+    async fn run_one(
         &self,
         sql: &str,
         parameters: Parameters<'_>,
         writes: bool,
     ) -> Result<Vec<Row>, ApiError> {
+        let rows = self.run(sql, &[parameters], writes).await?;
+        Ok(rows.into_iter().flatten().collect())
+    }
+
+    /// Runs a statement on a connection of its own, and gives the connection back before it returns. What has not been done
+    /// for want of a connection is tried once more: a write only if the server said so itself.
+    async fn run(
+        &self,
+        sql: &str,
+        parameters: &[Parameters<'_>],
+        writes: bool,
+    ) -> Result<Vec<Vec<Row>>, ApiError> {
         let mut retried = false;
         let mut lost_at = None;
         loop {
@@ -204,7 +227,10 @@ impl Database {
             };
             let answer = self.within_limit(async {
                 let statement = client.prepare_cached(sql).await?;
-                client.query(&statement, parameters).await
+                match parameters {
+                    [parameters] => Ok(vec![client.query(&statement, parameters).await?]),
+                    _ => in_one_transaction(client, &statement, parameters).await,
+                }
             });
             let error = match answer.await? {
                 Ok(rows) => {
@@ -293,6 +319,33 @@ impl Database {
         let ahead = applied.get(built.len());
         Ok(ahead.map(|(version, name, _)| format!("V{version}__{name}")))
     }
+}
+
+/// Sends everything before it waits for the first answer.
+async fn in_one_transaction(
+    client: &Client,
+    statement: &Statement,
+    parameters: &[Parameters<'_>],
+) -> Result<Vec<Vec<Row>>, tokio_postgres::Error> {
+    // Each is sent when it is first asked for its answer.
+    let mut begin = pin!(maybe_done(client.batch_execute("begin")));
+    let _ = poll!(begin.as_mut());
+    let mut answers = Vec::with_capacity(parameters.len());
+    for parameters in parameters {
+        let mut answer = Box::pin(maybe_done(client.query(statement, parameters)));
+        let _ = poll!(answer.as_mut());
+        answers.push(answer);
+    }
+    // Where one of them was refused, this takes back all.
+    let committed = client.batch_execute("commit").await;
+    begin.as_mut().await;
+    begin.take_output().transpose()?;
+    let mut rows = Vec::with_capacity(answers.len());
+    for mut answer in answers {
+        answer.as_mut().await;
+        rows.extend(answer.as_mut().take_output().transpose()?);
+    }
+    committed.map(|()| rows)
 }
 
 /// How the pool connects.

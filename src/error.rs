@@ -18,6 +18,8 @@ pub struct ApiError {
     cause: Option<String>,
 }
 
+const CONTENDED: &str = "somebody else was writing the same, try again";
+
 /// What a response carries to the access log, which writes it down once, with the request id.
 pub struct Cause(pub String);
 
@@ -72,8 +74,7 @@ impl ApiError {
     }
 
     pub fn contended(cause: impl Display) -> Self {
-        let message = "somebody else was writing the same, try again";
-        Self::new(StatusCode::SERVICE_UNAVAILABLE, message).because(cause)
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, CONTENDED).because(cause)
     }
 
     pub fn no_connection(error: &tokio_postgres::Error) -> Self {
@@ -98,6 +99,10 @@ impl ApiError {
 
     pub fn is_internal(&self) -> bool {
         self.status == StatusCode::INTERNAL_SERVER_ERROR
+    }
+
+    pub fn is_contended(&self) -> bool {
+        self.message == CONTENDED
     }
 
     pub fn is_unavailable(&self) -> bool {

@@ -117,14 +117,14 @@ impl Problems {
 /// The fields of a JSON object, still as text.
 pub struct Object<'a> {
     path: &'static str,
-    fields: Vec<(Text<'a>, &'a RawValue)>,
+    fields: Vec<(Name<'a>, &'a RawValue)>,
     /// Whether a field that is not there is a problem.
     complete: bool,
 }
 
-/// A string of JSON, which is copied only where it has escapes.
+/// A name, which is copied only where it has escapes.
 #[derive(Deserialize)]
-struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
+struct Name<'a>(#[serde(borrow)] Cow<'a, str>);
 
 impl<'a> Object<'a> {
     /// None if it is something else.
@@ -138,7 +138,7 @@ impl<'a> Object<'a> {
     }
 
     fn take(&mut self, name: &str, problems: &mut Problems) -> Option<&'a RawValue> {
-        let is_it = |(field, _): &(Text, _)| field.0 == name;
+        let is_it = |(field, _): &(Name, _)| field.0 == name;
         let index = self.fields.iter().position(is_it)?;
         let (_, value) = self.fields.remove(index);
         if self.fields.iter().any(is_it) {
@@ -189,7 +189,7 @@ impl<'a> Object<'a> {
         name: &str,
         problems: &mut Problems,
         rule: impl FnOnce(&str) -> Result<(), &'static str>,
-    ) -> Option<Cow<'a, str>> {
+    ) -> Option<String> {
         self.field(name, problems, |text| string(text, rule))
     }
 
@@ -203,7 +203,7 @@ impl<'a> Object<'a> {
         name: &str,
         problems: &mut Problems,
         rule: impl FnOnce(&str) -> Result<(), &'static str>,
-    ) -> Option<Option<Cow<'a, str>>> {
+    ) -> Option<Option<String>> {
         let read = match self.take(name, problems)?.get() {
             "null" => Ok(None),
             text => string(text, rule).map(Some),
@@ -243,7 +243,7 @@ impl<'a> Object<'a> {
 
     /// Reports the fields that nobody took: the contract knows no others.
     pub fn finish(self, problems: &mut Problems) {
-        for (Text(name), _) in &self.fields {
+        for (Name(name), _) in &self.fields {
             problems.add(self.path, name, "is not a field of a listing");
         }
     }
@@ -252,8 +252,8 @@ impl<'a> Object<'a> {
 fn string(
     text: &str,
     rule: impl FnOnce(&str) -> Result<(), &'static str>,
-) -> Result<Cow<'_, str>, &'static str> {
-    let Text(value) = serde_json::from_str(text).map_err(|_| "must be a string")?;
+) -> Result<String, &'static str> {
+    let value: String = serde_json::from_str(text).map_err(|_| "must be a string")?;
     if value.contains('\0') {
         return Err("must not contain the character U+0000");
     }
@@ -261,7 +261,7 @@ fn string(
 }
 
 /// All fields in their order, also those that are given twice.
-struct Fields<'a>(Vec<(Text<'a>, &'a RawValue)>);
+struct Fields<'a>(Vec<(Name<'a>, &'a RawValue)>);
 
 impl<'de> Deserialize<'de> for Fields<'de> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {

@@ -1,18 +1,19 @@
 //! A listing's whole life: what it looks like, how it is checked, and the statements behind each method.
 
-use std::borrow::Cow;
 use std::rc::Rc;
 
 use actix_web::http::{StatusCode, header};
-use actix_web::{HttpRequest, HttpResponse, web};
+use actix_web::{HttpRequest, HttpResponse, rt, web};
+use futures_util::future::join_all;
 use serde::Serialize;
 use tokio_postgres::Row;
 use tokio_postgres::types::ToSql;
 
 use crate::conditions::{self, IfMatch};
-use crate::database::Database;
+use crate::database::{self, Database};
 use crate::error::ApiError;
 use crate::euros::Euros;
+use crate::gathering::{Gathering, Waiter, refuse};
 use crate::json::{self, Moment};
 use crate::keys::{Keys, Writer};
 use crate::pages;
@@ -83,14 +84,14 @@ fn write(row: &Row, json: &mut Vec<u8>) -> Result<(), ApiError> {
 }
 
 /// What a body asks for. A field that it does not name is `None`.
-struct Input<'a> {
-    name: Option<Cow<'a, str>>,
-    street_address: Option<Cow<'a, str>>,
-    postal_code: Option<Cow<'a, str>>,
-    city: Option<Cow<'a, str>>,
-    country: Option<Cow<'a, str>>,
-    description: Option<Cow<'a, str>>,
-    building_type: Option<Cow<'a, str>>,
+struct Input {
+    name: Option<String>,
+    street_address: Option<String>,
+    postal_code: Option<String>,
+    city: Option<String>,
+    country: Option<String>,
+    description: Option<String>,
+    building_type: Option<String>,
     price: Option<Euros>,
     surface_area_m2: Option<f64>,
     rooms_count: Option<i32>,
@@ -100,12 +101,12 @@ struct Input<'a> {
         clippy::option_option,
         reason = "absent, null and a string are three things"
     )]
-    contact_phone_number: Option<Option<Cow<'a, str>>>,
+    contact_phone_number: Option<Option<String>>,
 }
 
-impl<'a> Input<'a> {
+impl Input {
     /// Reads a body: one that has to be `complete`, or one that names what to change.
-    fn parse(body: &'a [u8], complete: bool) -> Result<Self, ApiError> {
+    fn parse(body: &[u8], complete: bool) -> Result<Self, ApiError> {
         json::parse(body, complete, |object, problems| {
             let name = object.string("name", problems, not_empty);
             let (mut street_address, mut postal_code, mut city, mut country) =
@@ -218,47 +219,12 @@ pub async fn create(
     request: HttpRequest,
     payload: web::Payload,
     keys: web::Data<Keys>,
-    database: web::Data<Database>,
+    inserts: web::Data<Inserts>,
 ) -> Result<HttpResponse, ApiError> {
     let (writer, body) = keys.admit(&request, payload).await?;
     json::require_type(&request, &["application/json"])?;
-    let Input {
-        name,
-        street_address,
-        postal_code,
-        city,
-        country,
-        description,
-        building_type,
-        price,
-        surface_area_m2,
-        rooms_count,
-        bedrooms_count,
-        contact_phone_number,
-    } = Input::parse(&body, true)?;
-    let Writer { owner, actor } = writer;
-    let rows = database
-        .write(
-            None,
-            INSERT,
-            &[
-                &name,
-                &street_address,
-                &postal_code,
-                &city,
-                &country,
-                &description,
-                &building_type,
-                &price,
-                &surface_area_m2,
-                &rooms_count,
-                &bedrooms_count,
-                &contact_phone_number.flatten(),
-                &owner,
-                &actor,
-            ],
-        )
-        .await?;
+    let input = Input::parse(&body, true)?;
+    let rows = inserts.insert(New { input, writer }).await?;
     let row = rows
         .first()
         .ok_or_else(|| ApiError::internal("an insert returned no row"))?;
@@ -267,6 +233,106 @@ pub async fn create(
     let location = location.parse().map_err(ApiError::internal)?;
     response.headers_mut().insert(header::LOCATION, location);
     Ok(response)
+}
+
+/// The inserts of a worker, of which those that go together ([`crate::gathering`]) share a commit: it is most of what each
+/// costs. Measured with 32 clients: a half more than with a commit for each. One commit at a time serves a tenth more still, but
+/// with four clients a quarter less, because then one works while the other waits for the disk.
+pub struct Inserts {
+    database: Database,
+    gathering: Gathering<New, Vec<Row>>,
+}
+
+struct New {
+    input: Input,
+    writer: Writer,
+}
+
+impl Inserts {
+    pub fn new(database: &Database, queue: usize) -> web::Data<Self> {
+        const COMMITS: usize = 2;
+        /// More gain nothing.
+        const TOGETHER: usize = 16;
+        let inserts = web::Data::new(Self {
+            database: database.clone(),
+            gathering: Gathering::new(database, queue, COMMITS, TOGETHER),
+        });
+        for _ in 0..COMMITS {
+            let serving = inserts.clone();
+            rt::spawn(async move {
+                let answer = async |batch| serving.answer(batch).await;
+                serving.gathering.serve(answer).await;
+            });
+        }
+        inserts
+    }
+
+    async fn insert(&self, new: New) -> Result<Vec<Row>, ApiError> {
+        let alone = async |new| self.insert_alone(&new).await;
+        self.gathering.join(new, alone).await
+    }
+
+    async fn insert_alone(&self, new: &New) -> Result<Vec<Row>, ApiError> {
+        self.database.write(None, INSERT, &new.values()).await
+    }
+
+    async fn answer(&self, batch: Vec<Waiter<New, Vec<Row>>>) {
+        let values: Vec<_> = batch.iter().map(|(new, _)| new.values()).collect();
+        let values: Vec<database::Parameters> = values.iter().map(|values| &values[..]).collect();
+        match self.database.write_all(INSERT, &values).await {
+            Ok(rows) => {
+                for ((_, waiter), rows) in batch.into_iter().zip(rows) {
+                    // Whoever has gone needs no answer, here and below.
+                    let _ = waiter.send(Ok(rows));
+                }
+            }
+            // PostgreSQL refused one of them and so has done none. The others shall not suffer from it.
+            Err(error) if (error.is_internal() || error.is_contended()) && batch.len() > 1 => {
+                let each = batch.into_iter().map(async |(new, waiter)| {
+                    let _ = waiter.send(self.insert_alone(&new).await);
+                });
+                join_all(each).await;
+            }
+            Err(error) => refuse(batch, &error),
+        }
+    }
+}
+
+impl New {
+    /// The parameters of [`INSERT`].
+    fn values(&self) -> [&(dyn ToSql + Sync); 14] {
+        let Input {
+            name,
+            street_address,
+            postal_code,
+            city,
+            country,
+            description,
+            building_type,
+            price,
+            surface_area_m2,
+            rooms_count,
+            bedrooms_count,
+            contact_phone_number,
+        } = &self.input;
+        let Writer { owner, actor } = &self.writer;
+        [
+            name,
+            street_address,
+            postal_code,
+            city,
+            country,
+            description,
+            building_type,
+            price,
+            surface_area_m2,
+            rooms_count,
+            bedrooms_count,
+            contact_phone_number,
+            owner,
+            actor,
+        ]
+    }
 }
 
 pub async fn get(
@@ -358,7 +424,7 @@ async fn update(
     database: &Database,
     writer: Writer,
     id: i32,
-    input: Input<'_>,
+    input: Input,
 ) -> Result<HttpResponse, ApiError> {
     let Input {
         name,

@@ -1,12 +1,10 @@
 //! Reads by id, which requests share.
 //!
-//! An idle reader asks at once. What arrives while a question is under way waits for its end and then travels together, as one
-//! question about many ids: the busier the service, the less PostgreSQL has to do for each. Nobody waits for company.
-//!
-//! Each worker has a connection for listings, one for prices, and with `AUTH=keys` one for keys ([`crate::keys`]), so that none
-//! waits for another. Measured, with two cores for the service, PostgreSQL and the load: a second or fourth connection of a
-//! kind serves a tenth or a quarter less, because batches get smaller, and so do batches of 8 or 16; from 64 on nothing is
-//! gained. Against one question for each read, batches serve a half more listings and a quarter more prices at 32 clients.
+//! Those that go together ([`crate::gathering`]) are one question about many ids. Each worker has a connection for listings,
+//! one for prices, and with `AUTH=keys` one for keys ([`crate::keys`]), so that none waits for another. Measured, with two
+//! cores for the service, PostgreSQL and the load: a second or fourth connection of a kind serves a tenth or a quarter less,
+//! because batches get smaller, and so do batches of 8 or 16; from 64 on nothing is gained. Against one question for each read,
+//! batches serve a half more listings and a quarter more prices at 32 clients.
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -15,12 +13,12 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use actix_web::rt;
-use tokio::sync::{Notify, oneshot};
 use tokio_postgres::types::{FromSql, ToSql};
 use tokio_postgres::{Client, Row, Statement};
 
 use crate::database::{Database, Parameters};
 use crate::error::{ApiError, connection_is_lost, statement_is_stale};
+use crate::gathering::{Gathering, Waiter, refuse};
 use crate::servers::{Server, Servers};
 use crate::{listings, prices};
 
@@ -109,7 +107,6 @@ impl Source {
 
 /// The rows of one id, shared by all who asked for it at once.
 pub type Rows = Rc<Vec<Row>>;
-type Waiter<I> = (I, oneshot::Sender<Result<Rows, ApiError>>);
 
 /// What things are asked for by.
 pub trait Id: Clone + Hash + Ord + ToSql + Sync + for<'a> FromSql<'a> + 'static {}
@@ -120,14 +117,9 @@ impl Id for i32 {}
 pub struct Lane<I> {
     database: Database,
     sql: &'static str,
-    /// Requests that wait at most.
-    queue: usize,
     writable: bool,
     session: RefCell<Option<Rc<Session>>>,
-    /// Whether a question is under way. Its end begins the next, or leaves the lane idle.
-    busy: Cell<bool>,
-    waiting: RefCell<Vec<Waiter<I>>>,
-    turn: Notify,
+    gathering: Gathering<I, Rows>,
 }
 
 struct Session {
@@ -142,67 +134,24 @@ impl<I: Id> Lane<I> {
         let lane = Rc::new(Self {
             database: database.clone(),
             sql,
-            queue,
             writable,
             session: RefCell::default(),
-            busy: Cell::new(false),
-            waiting: RefCell::default(),
-            turn: Notify::new(),
+            gathering: Gathering::new(database, queue, 1, BATCH),
         });
-        rt::spawn(lane.clone().answer_those_who_wait());
+        let serving = lane.clone();
+        rt::spawn(async move {
+            let answer = async |batch| serving.answer(batch).await;
+            serving.gathering.serve(answer).await;
+        });
         lane
     }
 
     pub async fn get(&self, id: I) -> Result<Rows, ApiError> {
-        if !self.busy.replace(true) {
-            let _turn = Turn(self);
-            return self.ask(&[id]).await.map(Rc::new);
-        }
-        let (waiter, answer) = oneshot::channel();
-        self.join_those_who_wait(id, waiter)?;
-        let answer = self.database.within_limit(answer).await?;
-        answer.map_err(ApiError::internal)?
+        let alone = async |id| self.ask(&[id]).await.map(Rc::new);
+        self.gathering.join(id, alone).await
     }
 
-    fn join_those_who_wait(
-        &self,
-        id: I,
-        waiter: oneshot::Sender<Result<Rows, ApiError>>,
-    ) -> Result<(), ApiError> {
-        let mut waiting = self.waiting.borrow_mut();
-        if waiting.len() >= self.queue {
-            waiting.retain(|(_, waiter)| !waiter.is_closed());
-        }
-        if waiting.len() >= self.queue {
-            return Err(ApiError::crowded(()));
-        }
-        waiting.push((id, waiter));
-        Ok(())
-    }
-
-    /// Gives those who wait their turn, together, as soon as the lane is free and while there are any.
-    async fn answer_those_who_wait(self: Rc<Self>) {
-        loop {
-            self.turn.notified().await;
-            loop {
-                let batch = self.next_batch();
-                if batch.is_empty() {
-                    break;
-                }
-                self.answer(batch).await;
-            }
-            self.busy.set(false);
-        }
-    }
-
-    fn next_batch(&self) -> Vec<Waiter<I>> {
-        let mut waiting = self.waiting.borrow_mut();
-        waiting.retain(|(_, waiter)| !waiter.is_closed());
-        let size = waiting.len().min(BATCH);
-        waiting.drain(..size).collect()
-    }
-
-    async fn answer(&self, batch: Vec<Waiter<I>>) {
+    async fn answer(&self, batch: Vec<Waiter<I, Rows>>) {
         let mut ids: Vec<_> = batch.iter().map(|(id, _)| id.clone()).collect();
         ids.sort_unstable();
         ids.dedup();
@@ -221,11 +170,7 @@ impl<I: Id> Lane<I> {
                     let _ = waiter.send(self.ask(&[id]).await.map(Rc::new));
                 }
             }
-            Err(error) => {
-                for (_, waiter) in batch {
-                    let _ = waiter.send(Err(error.clone()));
-                }
-            }
+            Err(error) => refuse(batch, &error),
         }
     }
 
@@ -242,10 +187,7 @@ impl<I: Id> Lane<I> {
                     continue;
                 }
                 Err(error) => {
-                    // They would all find out the same, one limit after the other.
-                    for (_, waiter) in self.waiting.take() {
-                        let _ = waiter.send(Err(error.clone()));
-                    }
+                    self.gathering.refuse(&error);
                     return Err(error);
                 }
             };
@@ -308,17 +250,4 @@ fn by_id<I: Id>(rows: Vec<Row>) -> Result<HashMap<I, Rows>, ApiError> {
         .into_iter()
         .map(|(id, rows)| (id, Rc::new(rows)))
         .collect())
-}
-
-/// A question under way. Its end, also where its request was dropped, is the turn of those who wait.
-struct Turn<'a, I>(&'a Lane<I>);
-
-impl<I> Drop for Turn<'_, I> {
-    fn drop(&mut self) {
-        if self.0.waiting.borrow().is_empty() {
-            self.0.busy.set(false);
-        } else {
-            self.0.turn.notify_one();
-        }
-    }
 }

@@ -24,6 +24,7 @@ use crate::edge::edge;
 use crate::error::describe;
 use crate::json::TRICKLE_LIMIT;
 use crate::keys::Keys;
+use crate::listings::Inserts;
 use crate::metrics::Metrics;
 use crate::reader::Reader;
 use crate::routes::routes;
@@ -158,6 +159,7 @@ fn serve(
             .app_data(metrics.clone())
             .app_data(Data::new(reader))
             .app_data(Data::new(Keys::new(&settings, primary)))
+            .app_data(Inserts::new(primary, settings.queue_size))
             .app_data(Data::new(primary.clone()))
             .wrap(Compress::default())
             .wrap(from_fn(edge))

@@ -63,7 +63,8 @@ POOL_SIZE             database connections for writes and lists,
                       shared out among the workers                   16
 POOL_WAIT_MS          how long a request waits for one of them       2000
 QUEUE_SIZE            requests that may wait on each worker: for listings,
-                      for prices, for keys, and for a connection       5000
+                      for prices, to insert, for keys, and for a
+                      connection                                   5000
 CONNECT_TIMEOUT_MS    how long connecting may take                   3000
 STATEMENT_TIMEOUT_MS  how long a statement may take                  5000
 SHUTDOWN_DELAY_MS     from not ready to no new connections           0

@@ -22,7 +22,7 @@ async fn service_with_keys() -> Service {
     Service::start_with(Database::migrated().await, &[("AUTH", "keys")]).await
 }
 
-fn bearer(key: &str) -> String {
+pub fn bearer(key: &str) -> String {
     format!("{JSON}authorization: Bearer {key}\r\n")
 }
 

@@ -1,4 +1,4 @@
-//! Reads by id that share connections and travel together: every client gets what is its own.
+//! Requests that travel together, reads by id and inserts: every client gets what is its own.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -8,8 +8,10 @@ use std::time::Duration;
 use serde_json::Value;
 use tokio::runtime::Handle;
 
-use crate::harness::{Database, OTHER_COLUMNS, OTHER_VALUES, rows, run, value};
-use crate::service::{Connection, Service};
+use crate::harness::{Database, OTHER_COLUMNS, OTHER_VALUES, assert_no_problem, rows, run, value};
+use crate::keys::bearer;
+use crate::owners::{administrators_key, key_of};
+use crate::service::{Connection, JSON, LOFT, Service};
 use crate::start::{WAITING, wait_for};
 
 /// Listings 1 to 200 with some prices each; 201 to 204 around the length from which a history is read by itself, and around
@@ -260,4 +262,152 @@ async fn a_long_history_is_what_a_short_one_would_be() {
             .text(),
         "[]"
     );
+}
+
+/// A service with one worker and clients whose inserts, of listings by these names, all wait for the superuser's `commit`: the
+/// first two each for itself, the others for their turn.
+async fn inserts_held_up(service: &Service, headers: &[String], names: &[&str]) -> Vec<Connection> {
+    run(&service.db.superuser, "begin; lock table listing").await;
+    let mut clients = Vec::new();
+    for (name, headers) in names.iter().zip(headers.iter().cycle()) {
+        let body = LOFT.replace("Loft", name);
+        let mut client = service.connect();
+        let head = format!("POST /listings HTTP/1.1\r\nhost: test\r\n{headers}");
+        let length = body.len();
+        client.write(format!("{head}content-length: {length}\r\n\r\n{body}").as_bytes());
+        clients.push(client);
+        let waiting = clients.len().min(2);
+        wait_for(service, WAITING, &waiting.to_string()).await;
+        // The one worker answers this behind all that was sent before.
+        service.get("/listings/none");
+    }
+    clients
+}
+
+async fn one_worker(settings: &[(&str, &str)]) -> Service {
+    let settings = [&[("WORKERS", "1")], settings].concat();
+    Service::start_with(Database::migrated().await, &settings).await
+}
+
+const NAMES: [&str; 8] = ["a", "b", "c", "d", "e", "f", "g", "h"];
+
+#[tokio::test]
+async fn inserts_that_arrive_together_share_a_commit_and_each_gets_its_own_listing() {
+    let service = one_worker(&[]).await;
+    let mut clients = inserts_held_up(&service, &[JSON.to_owned()], &NAMES).await;
+    run(&service.db.superuser, "commit").await;
+    let mut ids = Vec::new();
+    for (client, name) in clients.iter_mut().zip(NAMES) {
+        let response = client.receive("POST", "/listings");
+        assert_eq!(response.json()["name"], name);
+        let path = format!("/listings/{}", response.id());
+        assert_eq!(response.header("location"), Some(&*path));
+        assert_eq!(service.get(&path).json(), response.json());
+        ids.push(response.id());
+    }
+    ids.sort_unstable();
+    ids.dedup();
+    assert_eq!(ids.len(), NAMES.len());
+    let commits =
+        "select count(*) from (select count(*) from listing group by xmin::text) as commits";
+    assert_eq!(value(&service.db.superuser, commits).await, "3");
+    assert_no_problem(&service.db.superuser).await;
+}
+
+#[tokio::test]
+async fn an_insert_that_is_refused_takes_no_other_along() {
+    let service = one_worker(&[]).await;
+    // A rule of the DBA's own.
+    let rule = "alter table listing add constraint no_f check (name <> 'f')";
+    run(&service.db.superuser, rule).await;
+    let mut clients = inserts_held_up(&service, &[JSON.to_owned()], &NAMES).await;
+    run(&service.db.superuser, "commit").await;
+    for (client, name) in clients.iter_mut().zip(NAMES) {
+        let status = client.receive("POST", "/listings").status;
+        assert_eq!(status, if name == "f" { 500 } else { 201 }, "{name}");
+    }
+    let names = "select string_agg(name, '' order by name) from listing";
+    assert_eq!(value(&service.db.superuser, names).await, "abcdegh");
+    assert_eq!(service.logged("no_f").len(), 1);
+}
+
+#[tokio::test]
+async fn inserts_that_get_into_each_others_way_are_all_done() {
+    let service = one_worker(&[]).await;
+    // A rule of the DBA's own which says so, once.
+    let rule = "create sequence tries; \
+        create function deadlock() returns trigger language plpgsql as 'begin \
+            if nextval(''tries'') = 1 then raise ''deadlock'' using errcode = ''deadlock_detected''; end if; \
+            return new; end'; \
+        grant usage on sequence tries to public; \
+        create trigger deadlock before insert on listing for each row when (new.name = 'f') execute function deadlock()";
+    run(&service.db.superuser, rule).await;
+    let mut clients = inserts_held_up(&service, &[JSON.to_owned()], &NAMES).await;
+    run(&service.db.superuser, "commit").await;
+    for client in &mut clients {
+        client.receive("POST", "/listings").id();
+    }
+    let names = "select string_agg(name, '' order by name) from listing";
+    assert_eq!(value(&service.db.superuser, names).await, "abcdefgh");
+}
+
+#[tokio::test]
+async fn an_insert_whose_client_hangs_up_in_time_is_not_done() {
+    let service = one_worker(&[]).await;
+    let mut clients = inserts_held_up(&service, &[JSON.to_owned()], &NAMES).await;
+    drop(clients.remove(5));
+    service.get("/listings/none");
+    run(&service.db.superuser, "commit").await;
+    for client in &mut clients {
+        client.receive("POST", "/listings").id();
+    }
+    let names = "select string_agg(name, '' order by name) from listing";
+    assert_eq!(value(&service.db.superuser, names).await, "abcdegh");
+}
+
+#[tokio::test]
+async fn inserts_of_many_keys_are_each_logged_under_their_own() {
+    let service = one_worker(&[("AUTH", "keys")]).await;
+    let mut headers = Vec::new();
+    for owner in ["left", "right"] {
+        headers.push(bearer(&key_of(&service.db.superuser, owner).await));
+    }
+    headers.push(bearer(&administrators_key(&service.db.superuser).await));
+    let mut clients = inserts_held_up(&service, &headers, &NAMES).await;
+    run(&service.db.superuser, "commit").await;
+    for client in &mut clients {
+        client.receive("POST", "/listings").id();
+    }
+    let logged = "select string_agg(name || ' ' || coalesce(owner, '') || ' ' || changed_by, ', ' order by name) \
+        from listing join listing_price_log on listing_id = listing.id";
+    let expected = "a left left, b right right, c  admin:3, d left left, e right right, f  admin:3, g left left, h right right";
+    assert_eq!(value(&service.db.superuser, logged).await, expected);
+    assert_no_problem(&service.db.superuser).await;
+}
+
+#[tokio::test]
+async fn inserts_under_way_together_outlive_their_connection() {
+    let service = one_worker(&[]).await;
+    let mut clients = inserts_held_up(&service, &[JSON.to_owned()], &NAMES).await;
+    // The two that wait each for itself end, the others wait in one transaction.
+    let stop_at = "create function wait() returns trigger language plpgsql as \
+            'begin perform pg_advisory_xact_lock_shared(1); return new; end'; \
+        create trigger wait before insert on listing for each row when (new.name >= 'c') execute function wait(); \
+        select pg_advisory_lock(1); commit";
+    run(&service.db.superuser, stop_at).await;
+    for client in clients.iter_mut().take(2) {
+        client.receive("POST", "/listings").id();
+    }
+    wait_for(&service, WAITING, "1").await;
+    let end = "select pg_terminate_backend(pid) from pg_stat_activity \
+        where wait_event_type = 'Lock' and datname = current_database()";
+    assert_eq!(value(&service.db.superuser, end).await, "t");
+    // PostgreSQL said that it has ended it, so it is done again.
+    run(&service.db.superuser, "select pg_advisory_unlock(1)").await;
+    for client in clients.iter_mut().skip(2) {
+        client.receive("POST", "/listings").id();
+    }
+    let names = "select string_agg(name, '' order by name) from listing";
+    assert_eq!(value(&service.db.superuser, names).await, "abcdefgh");
+    assert_no_problem(&service.db.superuser).await;
 }

@@ -1,0 +1,96 @@
+//! Requests that travel together.
+//!
+//! Who finds a place free goes at once, alone. Who finds none waits for the next that becomes free, and then takes it together
+//! with all who have come meanwhile: the busier the service, the less PostgreSQL has to do for each. Nobody waits for company.
+
+use std::cell::RefCell;
+
+use tokio::sync::{Notify, Semaphore, oneshot};
+
+use crate::database::Database;
+use crate::error::ApiError;
+
+pub struct Gathering<Q, A> {
+    database: Database,
+    /// How many may wait.
+    queue: usize,
+    /// How many go together at most.
+    most: usize,
+    places: Semaphore,
+    waiting: RefCell<Vec<Waiter<Q, A>>>,
+    arrival: Notify,
+}
+
+/// What is asked, and who is to get the answer.
+pub type Waiter<Q, A> = (Q, oneshot::Sender<Result<A, ApiError>>);
+
+impl<Q, A> Gathering<Q, A> {
+    pub fn new(database: &Database, queue: usize, places: usize, most: usize) -> Self {
+        Self {
+            database: database.clone(),
+            queue,
+            most,
+            places: Semaphore::new(places),
+            waiting: RefCell::default(),
+            arrival: Notify::new(),
+        }
+    }
+
+    /// Goes `alone`, or with others, whom somebody has to [`serve`](Self::serve).
+    pub async fn join(
+        &self,
+        question: Q,
+        alone: impl AsyncFnOnce(Q) -> Result<A, ApiError>,
+    ) -> Result<A, ApiError> {
+        if let Ok(_place) = self.places.try_acquire() {
+            return alone(question).await;
+        }
+        let (waiter, answer) = oneshot::channel();
+        {
+            let mut waiting = self.waiting.borrow_mut();
+            if waiting.len() >= self.queue {
+                waiting.retain(|(_, waiter)| !waiter.is_closed());
+            }
+            if waiting.len() >= self.queue {
+                return Err(ApiError::crowded(()));
+            }
+            waiting.push((question, waiter));
+        }
+        self.arrival.notify_one();
+        let answer = self.database.within_limit(answer).await?;
+        answer.map_err(ApiError::internal)?
+    }
+
+    /// Takes one place after the other for those who wait.
+    pub async fn serve(&self, answer: impl AsyncFn(Vec<Waiter<Q, A>>)) {
+        loop {
+            self.arrival.notified().await;
+            while let Ok(_place) = self.places.acquire().await {
+                let batch = self.next_batch();
+                if batch.is_empty() {
+                    break;
+                }
+                answer(batch).await;
+            }
+        }
+    }
+
+    fn next_batch(&self) -> Vec<Waiter<Q, A>> {
+        let mut waiting = self.waiting.borrow_mut();
+        waiting.retain(|(_, waiter)| !waiter.is_closed());
+        let size = waiting.len().min(self.most);
+        waiting.drain(..size).collect()
+    }
+
+    /// Tells all who wait now what they would only find out one after the other.
+    pub fn refuse(&self, error: &ApiError) {
+        refuse(self.waiting.take(), error);
+    }
+}
+
+/// Gives all the same error. Whoever has gone needs none.
+pub fn refuse<Q, A>(batch: Vec<Waiter<Q, A>>, error: &ApiError) {
+    for (_, waiter) in batch {
+        let _ = waiter.send(Err(error.clone()));
+    }
+}
