@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use deadpool_postgres::{
-    Connect, Manager, ManagerConfig, Object, Pool, PoolError, RecyclingMethod, Runtime, Status,
+    Connect, Manager, ManagerConfig, Object, Pool, PoolError, RecyclingMethod, Runtime,
 };
 use futures_util::future::maybe_done;
 use futures_util::poll;
@@ -37,6 +37,10 @@ pub struct Database {
     pool: Pool,
     /// Places for those who wait for a connection.
     queue: Arc<Semaphore>,
+    queue_size: usize,
+    /// The connections that may read at a time: enough to keep the processors busy. With more, statements get into each
+    /// other's way and some take many times as long as others; and slow ones leave nothing over for writes.
+    readers: Arc<Semaphore>,
     turns: Turns,
     /// Places for those who wait for their turn, which are taken from nobody else.
     turns_queue: Arc<Semaphore>,
@@ -71,6 +75,8 @@ impl Database {
             tls: tls.clone(),
             pool,
             queue: Arc::new(Semaphore::new(settings.queue_size)),
+            queue_size: settings.queue_size,
+            readers: Arc::new(Semaphore::new(pool_size.div_ceil(4))),
             turns: Turns::default(),
             turns_queue: Arc::new(Semaphore::new(settings.queue_size)),
             pool_wait: settings.pool_wait,
@@ -79,8 +85,11 @@ impl Database {
         })
     }
 
-    pub fn pool_status(&self) -> Status {
-        self.pool.status()
+    /// How many connections there are, how many of them nobody uses, and how many requests wait for one.
+    pub fn pool_status(&self) -> [usize; 3] {
+        let status = self.pool.status();
+        let waiting = self.queue_size - self.queue.available_permits();
+        [status.size, status.available, waiting]
     }
 
     pub fn server(&self) -> Arc<Server> {
@@ -201,6 +210,13 @@ impl Database {
                 self.writable().await?
             } else {
                 self.available().await?.0
+            };
+            let _reader = if writes {
+                None
+            } else {
+                let reader = timeout(self.pool_wait, self.readers.acquire()).await;
+                let late = |_| ApiError::unavailable("too many are reading");
+                Some(reader.map_err(late)?)
             };
             let connected = server.unless_given_up(self.pool.get()).await?;
             drop(place);

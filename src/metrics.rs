@@ -107,9 +107,7 @@ impl Metrics {
         for (databases, gauges) in &self.pools {
             let mut sums = [0; 3];
             for database in databases {
-                let status = database.pool_status();
-                let values = [status.size, status.available, status.waiting];
-                for (sum, value) in sums.iter_mut().zip(values) {
+                for (sum, value) in sums.iter_mut().zip(database.pool_status()) {
                     *sum += value;
                 }
             }

@@ -59,8 +59,8 @@ ADMIN_ADDR            address of /health and /metrics                127.0.0.1:8
 AUTH                  who may write: keys, those who have one, or off,
                       anybody; needed beyond loopback                off
 WORKERS               threads that serve requests                    one for each core
-POOL_SIZE             database connections for writes and lists,
-                      shared out among the workers                   16
+POOL_SIZE             database connections for writes and lists, shared
+                      out among the workers, a quarter for lists     16
 POOL_WAIT_MS          how long a request waits for one of them       2000
 QUEUE_SIZE            requests that may wait on each worker: for listings,
                       for prices, to insert, for keys, and for a

@@ -10,6 +10,7 @@ use tokio::runtime::Handle;
 
 use crate::harness::{Database, OTHER_COLUMNS, OTHER_VALUES, assert_no_problem, rows, run, value};
 use crate::keys::bearer;
+use crate::outage::within;
 use crate::owners::{administrators_key, key_of};
 use crate::service::{Connection, JSON, LOFT, Service};
 use crate::start::{WAITING, wait_for};
@@ -262,6 +263,31 @@ async fn a_long_history_is_what_a_short_one_would_be() {
             .text(),
         "[]"
     );
+}
+
+#[tokio::test]
+async fn reads_that_wait_leave_connections_over_for_writes() {
+    let service = one_worker(&[("POOL_SIZE", "4")]).await;
+    service.post(LOFT).id();
+    let lock = "begin; lock table listing_price_log";
+    run(&service.db.superuser, lock).await;
+    let mut clients: Vec<_> = (0..4).map(|_| service.connect()).collect();
+    for client in &mut clients {
+        client.write(b"GET /listings/1/prices?limit=1 HTTP/1.1\r\nhost: test\r\n\r\n");
+    }
+    let waiting = || service.admin("/metrics").text().to_owned();
+    within(Duration::from_secs(5), "three who wait", || {
+        waiting().contains(r#"database_pool_waiting{part="primary"} 3"#)
+    });
+    assert_eq!(service.send("PATCH", "/listings/1", JSON, "{}").status, 200);
+    // They wait no longer than for a connection.
+    for mut client in clients.drain(1..) {
+        assert_eq!(client.receive("GET", "/listings/1/prices").status, 503);
+    }
+    run(&service.db.superuser, "commit").await;
+    for client in &mut clients {
+        assert_eq!(client.receive("GET", "/listings/1/prices").status, 200);
+    }
 }
 
 /// A service with one worker and clients whose inserts, of listings by these names, all wait for the superuser's `commit`: the
