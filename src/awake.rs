@@ -3,7 +3,7 @@
 //! A worker that waits is put to sleep, and to be woken takes it longer than its work does: some 20 µs each time, where the
 //! processors are virtual. So while a request is the only one in the service, its worker does not wait for PostgreSQL's answer
 //! but looks for it, for a moment, and after its response for the client's next request. Measured with one client and two
-//! cores: a quarter to two fifths more answers. As soon as there is a second request the workers wait as ever, because others
+//! cores: a third to a half more answers. As soon as there is a second request the workers wait as ever, because others
 //! can use the processor.
 
 use std::cell::Cell;

@@ -1,15 +1,13 @@
 //! Statements on a pool of connections to one server, for writes and lists, and the check of the schema.
 
 use std::collections::HashMap;
-use std::pin::pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use deadpool_postgres::{
     Connect, Manager, ManagerConfig, Object, Pool, PoolError, RecyclingMethod, Runtime,
 };
-use futures_util::future::maybe_done;
-use futures_util::poll;
+use futures_util::future::join_all;
 use refinery::embed_migrations;
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
@@ -44,10 +42,10 @@ pub struct Database {
     turns: Turns,
     /// Places for those who wait for their turn, which are taken from nobody else.
     turns_queue: Arc<Semaphore>,
-    pool_wait: Duration,
+    pub pool_wait: Duration,
     connect_timeout: Duration,
     /// The server ends a statement by itself after its own limit. This one, a second later, is for a server that is gone.
-    answer_timeout: Duration,
+    pub answer_timeout: Duration,
 }
 
 impl Database {
@@ -132,8 +130,17 @@ impl Database {
 
     /// Waits for an answer no longer than any statement may take.
     pub async fn within_limit<T>(&self, answer: impl Future<Output = T>) -> Result<T, ApiError> {
+        self.within_limits(1, answer).await
+    }
+
+    async fn within_limits<T>(
+        &self,
+        statements: usize,
+        answer: impl Future<Output = T>,
+    ) -> Result<T, ApiError> {
         let late = |_| ApiError::unavailable("no answer from the database within the limit");
-        timeout(self.answer_timeout, answer).await.map_err(late)
+        let limit = self.answer_timeout * u32::try_from(statements).unwrap_or(u32::MAX);
+        timeout(limit, answer).await.map_err(late)
     }
 
     /// Runs one statement that only reads.
@@ -156,8 +163,8 @@ impl Database {
         self.run_one(sql, parameters, true).await
     }
 
-    /// Runs a statement that writes once for each of these parameters, all of them or none, and returns the rows of each. They
-    /// share a round trip and a commit.
+    /// Runs a statement that writes once for each of these parameters, of which there are at most 30, all of them or none, and
+    /// returns the rows of each.
     pub async fn write_all(
         &self,
         sql: &str,
@@ -190,8 +197,8 @@ impl Database {
         parameters: Parameters<'_>,
         writes: bool,
     ) -> Result<Vec<Row>, ApiError> {
-        let rows = self.run(sql, &[parameters], writes).await?;
-        Ok(rows.into_iter().flatten().collect())
+        let mut rows = self.run(sql, &[parameters], writes).await?;
+        Ok(rows.pop().unwrap_or_default())
     }
 
     /// Runs a statement on a connection of its own, and gives the connection back before it returns. What has not been done
@@ -241,20 +248,21 @@ impl Database {
                 }
                 Err(error) => return Err(error.into()),
             };
-            let answer = self.within_limit(async {
+            let answer = async {
                 let statement = client.prepare_cached(sql).await?;
                 match parameters {
                     [parameters] => Ok(vec![client.query(&statement, parameters).await?]),
                     _ => in_one_transaction(client, &statement, parameters).await,
                 }
-            });
-            let error = match answer.await? {
+            };
+            let error = match self.within_limits(parameters.len(), answer).await? {
                 Ok(rows) => {
                     server.answered();
                     busy.give_back();
                     return Ok(rows);
                 }
-                Err(error) => error,
+                Err(Some(error)) => error,
+                Err(None) => return Err(ApiError::unavailable("a transaction did not begin")),
             };
             let lost = connection_is_lost(&error);
             if lost {
@@ -337,31 +345,32 @@ impl Database {
     }
 }
 
-/// Sends everything before it waits for the first answer.
+/// Sends everything before the first answer is there. The error is None where nobody can tell what was done.
 async fn in_one_transaction(
     client: &Client,
     statement: &Statement,
     parameters: &[Parameters<'_>],
-) -> Result<Vec<Vec<Row>>, tokio_postgres::Error> {
-    // Each is sent when it is first asked for its answer.
-    let mut begin = pin!(maybe_done(client.batch_execute("begin")));
-    let _ = poll!(begin.as_mut());
-    let mut answers = Vec::with_capacity(parameters.len());
-    for parameters in parameters {
-        let mut answer = Box::pin(maybe_done(client.query(statement, parameters)));
-        let _ = poll!(answer.as_mut());
-        answers.push(answer);
+) -> Result<Vec<Vec<Row>>, Option<tokio_postgres::Error>> {
+    let queries = parameters
+        .iter()
+        .map(|parameters| client.query(statement, parameters));
+    // Each is sent when it is first asked for its answer, in this order, and all have to be asked until the last has come.
+    let (begun, rows, committed) = futures_util::join!(
+        client.batch_execute("begin"),
+        join_all(queries),
+        client.batch_execute("commit")
+    );
+    let rows = rows.into_iter().collect::<Result<Vec<_>, _>>();
+    match begun {
+        Ok(()) => {
+            let rows = rows?;
+            committed?;
+            Ok(rows)
+        }
+        Err(error) if connection_is_lost(&error) => Err(Some(error)),
+        // So each has been done, or not, by itself.
+        Err(_) => rows.map_err(|_| None),
     }
-    // Where one of them was refused, this takes back all.
-    let committed = client.batch_execute("commit").await;
-    begin.as_mut().await;
-    begin.take_output().transpose()?;
-    let mut rows = Vec::with_capacity(answers.len());
-    for mut answer in answers {
-        answer.as_mut().await;
-        rows.extend(answer.as_mut().take_output().transpose()?);
-    }
-    committed.map(|()| rows)
 }
 
 /// How the pool connects.

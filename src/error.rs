@@ -16,9 +16,8 @@ pub struct ApiError {
     status: StatusCode,
     message: String,
     cause: Option<String>,
+    refused: bool,
 }
-
-const CONTENDED: &str = "somebody else was writing the same, try again";
 
 /// What a response carries to the access log, which writes it down once, with the request id.
 pub struct Cause(pub String);
@@ -34,6 +33,7 @@ impl ApiError {
             status,
             message: message.into(),
             cause: None,
+            refused: false,
         }
     }
 
@@ -74,7 +74,8 @@ impl ApiError {
     }
 
     pub fn contended(cause: impl Display) -> Self {
-        Self::new(StatusCode::SERVICE_UNAVAILABLE, CONTENDED).because(cause)
+        let message = "somebody else was writing the same, try again";
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, message).because(cause)
     }
 
     pub fn no_connection(error: &tokio_postgres::Error) -> Self {
@@ -101,8 +102,9 @@ impl ApiError {
         self.status == StatusCode::INTERNAL_SERVER_ERROR
     }
 
-    pub fn is_contended(&self) -> bool {
-        self.message == CONTENDED
+    /// Whether PostgreSQL answered, and said no to the statement.
+    pub fn is_refusal(&self) -> bool {
+        self.refused
     }
 
     pub fn is_unavailable(&self) -> bool {
@@ -202,14 +204,17 @@ impl From<tokio_postgres::Error> for ApiError {
                 )
             },
         );
-        match error.code() {
+        let lost = connection_is_lost(&error);
+        let mut said = match error.code() {
             Some(&SqlState::QUERY_CANCELED) => Self::timed_out(cause),
             Some(&(SqlState::T_R_SERIALIZATION_FAILURE | SqlState::T_R_DEADLOCK_DETECTED)) => {
                 Self::contended(cause)
             }
-            _ if connection_is_lost(&error) => Self::unavailable(cause),
+            _ if lost => Self::unavailable(cause),
             _ => Self::internal(cause),
-        }
+        };
+        said.refused = is_refusal(&error) && !lost;
+        said
     }
 }
 

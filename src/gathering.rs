@@ -3,34 +3,40 @@
 //! Who finds a place free goes at once, alone. Who finds none waits for the next that becomes free, and then takes it together
 //! with all who have come meanwhile: the busier the service, the less PostgreSQL has to do for each. Nobody waits for company.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::time::Duration;
 
 use tokio::sync::{Notify, Semaphore, oneshot};
+use tokio::time::timeout;
 
-use crate::database::Database;
 use crate::error::ApiError;
 
 pub struct Gathering<Q, A> {
-    database: Database,
     /// How many may wait.
     queue: usize,
+    /// How long each may wait for a place. Whoever is under way then gets the answer, however long it takes.
+    patience: Duration,
+    places: Semaphore,
     /// How many go together at most.
     most: usize,
-    places: Semaphore,
-    waiting: RefCell<Vec<Waiter<Q, A>>>,
+    waiting: RefCell<Vec<Waiter<Untaken<Q>, A>>>,
     arrival: Notify,
 }
 
 /// What is asked, and who is to get the answer.
 pub type Waiter<Q, A> = (Q, oneshot::Sender<Result<A, ApiError>>);
 
+/// What nobody has begun to answer, as long as it is there.
+type Untaken<Q> = Rc<Cell<Option<Q>>>;
+
 impl<Q, A> Gathering<Q, A> {
-    pub fn new(database: &Database, queue: usize, places: usize, most: usize) -> Self {
+    pub fn new(queue: usize, patience: Duration, places: usize, most: usize) -> Self {
         Self {
-            database: database.clone(),
             queue,
-            most,
+            patience,
             places: Semaphore::new(places),
+            most,
             waiting: RefCell::default(),
             arrival: Notify::new(),
         }
@@ -45,7 +51,8 @@ impl<Q, A> Gathering<Q, A> {
         if let Ok(_place) = self.places.try_acquire() {
             return alone(question).await;
         }
-        let (waiter, answer) = oneshot::channel();
+        let question = Rc::new(Cell::new(Some(question)));
+        let (waiter, mut answer) = oneshot::channel();
         {
             let mut waiting = self.waiting.borrow_mut();
             if waiting.len() >= self.queue {
@@ -54,10 +61,18 @@ impl<Q, A> Gathering<Q, A> {
             if waiting.len() >= self.queue {
                 return Err(ApiError::crowded(()));
             }
-            waiting.push((question, waiter));
+            waiting.push((question.clone(), waiter));
         }
         self.arrival.notify_one();
-        let answer = self.database.within_limit(answer).await?;
+        let answer = match timeout(self.patience, &mut answer).await {
+            Ok(answer) => answer,
+            Err(_) if question.take().is_some() => {
+                return Err(ApiError::unavailable(
+                    "no place among others within the limit",
+                ));
+            }
+            Err(_) => answer.await,
+        };
         answer.map_err(ApiError::internal)?
     }
 
@@ -79,7 +94,10 @@ impl<Q, A> Gathering<Q, A> {
         let mut waiting = self.waiting.borrow_mut();
         waiting.retain(|(_, waiter)| !waiter.is_closed());
         let size = waiting.len().min(self.most);
-        waiting.drain(..size).collect()
+        let batch = waiting.drain(..size);
+        batch
+            .filter_map(|(question, waiter)| Some((question.take()?, waiter)))
+            .collect()
     }
 
     /// Tells all who wait now what they would only find out one after the other.

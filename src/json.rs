@@ -70,10 +70,10 @@ pub async fn read(mut payload: web::Payload) -> Result<Bytes, ApiError> {
 }
 
 /// Reads a body that has to be an object, by a function that takes its fields.
-pub fn parse<'a, T>(
-    body: &'a [u8],
+pub fn parse<T>(
+    body: &[u8],
     complete: bool,
-    read: impl FnOnce(&mut Object<'a>, &mut Problems) -> T,
+    read: impl FnOnce(&mut Object, &mut Problems) -> T,
 ) -> Result<T, ApiError> {
     let mut problems = Problems::default();
     let text = std::str::from_utf8(body).ok();
@@ -176,7 +176,7 @@ impl<'a> Object<'a> {
         &mut self,
         name: &str,
         problems: &mut Problems,
-        read: impl FnOnce(&'a str) -> Result<T, &'static str>,
+        read: impl FnOnce(&str) -> Result<T, &'static str>,
     ) -> Option<T> {
         let value = self.take_required(name, problems)?;
         let read = read(value.get());

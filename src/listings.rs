@@ -255,7 +255,7 @@ impl Inserts {
         const TOGETHER: usize = 16;
         let inserts = web::Data::new(Self {
             database: database.clone(),
-            gathering: Gathering::new(database, queue, COMMITS, TOGETHER),
+            gathering: Gathering::new(queue, database.pool_wait, COMMITS, TOGETHER),
         });
         for _ in 0..COMMITS {
             let serving = inserts.clone();
@@ -287,9 +287,14 @@ impl Inserts {
                 }
             }
             // PostgreSQL refused one of them and so has done none. The others shall not suffer from it.
-            Err(error) if (error.is_internal() || error.is_contended()) && batch.len() > 1 => {
-                let each = batch.into_iter().map(async |(new, waiter)| {
-                    let _ = waiter.send(self.insert_alone(&new).await);
+            Err(error) if error.is_refusal() && batch.len() > 1 => {
+                let each = batch.into_iter().map(async |(new, mut waiter)| {
+                    let inserted = tokio::select! {
+                        biased;
+                        () = waiter.closed() => return,
+                        inserted = self.insert_alone(&new) => inserted,
+                    };
+                    let _ = waiter.send(inserted);
                 });
                 join_all(each).await;
             }
@@ -299,7 +304,7 @@ impl Inserts {
 }
 
 impl New {
-    /// The parameters of [`INSERT`].
+    /// The parameters of [`INSERT`]. Of those in one transaction, all have an actor or none has: it depends on the service.
     fn values(&self) -> [&(dyn ToSql + Sync); 14] {
         let Input {
             name,

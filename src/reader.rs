@@ -136,7 +136,7 @@ impl<I: Id> Lane<I> {
             sql,
             writable,
             session: RefCell::default(),
-            gathering: Gathering::new(database, queue, 1, BATCH),
+            gathering: Gathering::new(queue, database.answer_timeout, 1, BATCH),
         });
         let serving = lane.clone();
         rt::spawn(async move {

@@ -304,8 +304,8 @@ async fn inserts_held_up(service: &Service, headers: &[String], names: &[&str]) 
         clients.push(client);
         let waiting = clients.len().min(2);
         wait_for(service, WAITING, &waiting.to_string()).await;
-        // The one worker answers this behind all that was sent before.
-        service.get("/listings/none");
+        // The one worker looks this key up behind all that was sent before, and then answers.
+        service.send("DELETE", "/listings/none", headers, "");
     }
     clients
 }
@@ -314,6 +314,12 @@ async fn one_worker(settings: &[(&str, &str)]) -> Service {
     let settings = [&[("WORKERS", "1")], settings].concat();
     Service::start_with(Database::migrated().await, &settings).await
 }
+
+const COMMITS: &str = "select count(distinct xact_id) from listing_price_log";
+
+const ALL_NAMES: &str = "select string_agg(name, '' order by name) from listing";
+
+const UNLOCK: &str = "select pg_advisory_unlock(1)";
 
 const NAMES: [&str; 8] = ["a", "b", "c", "d", "e", "f", "g", "h"];
 
@@ -334,9 +340,7 @@ async fn inserts_that_arrive_together_share_a_commit_and_each_gets_its_own_listi
     ids.sort_unstable();
     ids.dedup();
     assert_eq!(ids.len(), NAMES.len());
-    let commits =
-        "select count(*) from (select count(*) from listing group by xmin::text) as commits";
-    assert_eq!(value(&service.db.superuser, commits).await, "3");
+    assert_eq!(value(&service.db.superuser, COMMITS).await, "3");
     assert_no_problem(&service.db.superuser).await;
 }
 
@@ -352,8 +356,7 @@ async fn an_insert_that_is_refused_takes_no_other_along() {
         let status = client.receive("POST", "/listings").status;
         assert_eq!(status, if name == "f" { 500 } else { 201 }, "{name}");
     }
-    let names = "select string_agg(name, '' order by name) from listing";
-    assert_eq!(value(&service.db.superuser, names).await, "abcdegh");
+    assert_eq!(value(&service.db.superuser, ALL_NAMES).await, "abcdegh");
     assert_eq!(service.logged("no_f").len(), 1);
 }
 
@@ -373,8 +376,7 @@ async fn inserts_that_get_into_each_others_way_are_all_done() {
     for client in &mut clients {
         client.receive("POST", "/listings").id();
     }
-    let names = "select string_agg(name, '' order by name) from listing";
-    assert_eq!(value(&service.db.superuser, names).await, "abcdefgh");
+    assert_eq!(value(&service.db.superuser, ALL_NAMES).await, "abcdefgh");
 }
 
 #[tokio::test]
@@ -387,8 +389,7 @@ async fn an_insert_whose_client_hangs_up_in_time_is_not_done() {
     for client in &mut clients {
         client.receive("POST", "/listings").id();
     }
-    let names = "select string_agg(name, '' order by name) from listing";
-    assert_eq!(value(&service.db.superuser, names).await, "abcdegh");
+    assert_eq!(value(&service.db.superuser, ALL_NAMES).await, "abcdegh");
 }
 
 #[tokio::test]
@@ -408,32 +409,119 @@ async fn inserts_of_many_keys_are_each_logged_under_their_own() {
         from listing join listing_price_log on listing_id = listing.id";
     let expected = "a left left, b right right, c  admin:3, d left left, e right right, f  admin:3, g left left, h right right";
     assert_eq!(value(&service.db.superuser, logged).await, expected);
+    assert_eq!(value(&service.db.superuser, COMMITS).await, "3");
     assert_no_problem(&service.db.superuser).await;
+}
+
+/// Clients whose inserts go together and wait, at the one of this name, until the superuser unlocks 1. Those of `a` and `b` went
+/// before.
+async fn inserts_under_way(service: &Service, stop_at: &str) -> Vec<Connection> {
+    let mut clients = inserts_held_up(service, &[JSON.to_owned()], &NAMES).await;
+    let stop = format!(
+        "create function wait() returns trigger language plpgsql as \
+            'begin perform pg_advisory_xact_lock_shared(1); return new; end'; \
+        create trigger wait before insert on listing for each row when (new.name = '{stop_at}') execute function wait(); \
+        select pg_advisory_lock(1); commit"
+    );
+    run(&service.db.superuser, &stop).await;
+    for mut client in clients.drain(..2) {
+        client.receive("POST", "/listings").id();
+    }
+    wait_for(service, WAITING, "1").await;
+    clients
+}
+
+#[tokio::test]
+async fn inserts_that_wait_too_long_for_their_turn_get_503_and_are_not_done() {
+    let service = one_worker(&[("POOL_WAIT_MS", "500")]).await;
+    let mut clients = inserts_held_up(&service, &[JSON.to_owned()], &NAMES[..4]).await;
+    for client in clients.iter_mut().skip(2) {
+        assert_eq!(client.receive("POST", "/listings").status, 503);
+    }
+    run(&service.db.superuser, "commit").await;
+    for client in clients.iter_mut().take(2) {
+        client.receive("POST", "/listings").id();
+    }
+    // Behind whatever was still to be done.
+    service.post(LOFT).id();
+    assert_eq!(value(&service.db.superuser, ALL_NAMES).await, "Loftab");
+}
+
+#[tokio::test]
+async fn inserts_under_way_may_take_longer_than_anybody_waits_for_a_turn() {
+    let service = one_worker(&[("POOL_WAIT_MS", "1000")]).await;
+    let mut clients = inserts_under_way(&service, "c").await;
+    thread::sleep(Duration::from_millis(1100));
+    run(&service.db.superuser, UNLOCK).await;
+    for client in &mut clients {
+        client.receive("POST", "/listings").id();
+    }
+    assert_eq!(value(&service.db.superuser, COMMITS).await, "3");
+}
+
+#[tokio::test]
+async fn an_insert_that_takes_too_long_gets_504_and_takes_no_other_along() {
+    let service = one_worker(&[("STATEMENT_TIMEOUT_MS", "1000")]).await;
+    let mut clients = inserts_under_way(&service, "f").await;
+    for (client, name) in clients.iter_mut().zip(&NAMES[2..]) {
+        let status = client.receive("POST", "/listings").status;
+        assert_eq!(status, if *name == "f" { 504 } else { 201 }, "{name}");
+    }
+    assert_eq!(value(&service.db.superuser, ALL_NAMES).await, "abcdegh");
+}
+
+#[tokio::test]
+async fn an_insert_whose_client_has_hung_up_is_not_tried_again() {
+    let service = one_worker(&[]).await;
+    let rule = "alter table listing add constraint no_h check (name <> 'h')";
+    run(&service.db.superuser, rule).await;
+    let mut clients = inserts_under_way(&service, "f").await;
+    drop(clients.remove(1));
+    service.get("/listings/none");
+    run(&service.db.superuser, UNLOCK).await;
+    let statuses: Vec<_> = clients
+        .iter_mut()
+        .map(|client| client.receive("POST", "/listings").status)
+        .collect();
+    assert_eq!(statuses, [201, 201, 201, 201, 500]);
+    assert_eq!(value(&service.db.superuser, ALL_NAMES).await, "abcefg");
+}
+
+#[tokio::test]
+async fn inserts_that_go_together_may_be_long() {
+    let service = one_worker(&[]).await;
+    // Around the size of the pieces in which PostgreSQL sends.
+    for first in (15_900..16_320).step_by(14) {
+        let mut clients = inserts_held_up(&service, &[JSON.to_owned()], &["a"; 2]).await;
+        for length in first..first + 14 {
+            let body = LOFT.replace("Under the roof", &"x".repeat(length));
+            let length = body.len();
+            let mut client = service.connect();
+            let head = format!("POST /listings HTTP/1.1\r\nhost: test\r\n{JSON}");
+            client.write(format!("{head}content-length: {length}\r\n\r\n{body}").as_bytes());
+            clients.push(client);
+        }
+        service.get("/listings/none");
+        run(&service.db.superuser, "commit").await;
+        for client in &mut clients {
+            client.receive("POST", "/listings").id();
+        }
+    }
 }
 
 #[tokio::test]
 async fn inserts_under_way_together_outlive_their_connection() {
     let service = one_worker(&[]).await;
-    let mut clients = inserts_held_up(&service, &[JSON.to_owned()], &NAMES).await;
-    // The two that wait each for itself end, the others wait in one transaction.
-    let stop_at = "create function wait() returns trigger language plpgsql as \
-            'begin perform pg_advisory_xact_lock_shared(1); return new; end'; \
-        create trigger wait before insert on listing for each row when (new.name >= 'c') execute function wait(); \
-        select pg_advisory_lock(1); commit";
-    run(&service.db.superuser, stop_at).await;
-    for client in clients.iter_mut().take(2) {
-        client.receive("POST", "/listings").id();
-    }
-    wait_for(&service, WAITING, "1").await;
+    let mut clients = inserts_under_way(&service, "f").await;
     let end = "select pg_terminate_backend(pid) from pg_stat_activity \
         where wait_event_type = 'Lock' and datname = current_database()";
     assert_eq!(value(&service.db.superuser, end).await, "t");
     // PostgreSQL said that it has ended it, so it is done again.
-    run(&service.db.superuser, "select pg_advisory_unlock(1)").await;
-    for client in clients.iter_mut().skip(2) {
+    run(&service.db.superuser, UNLOCK).await;
+    for client in &mut clients {
         client.receive("POST", "/listings").id();
     }
-    let names = "select string_agg(name, '' order by name) from listing";
-    assert_eq!(value(&service.db.superuser, names).await, "abcdefgh");
+    assert_eq!(value(&service.db.superuser, ALL_NAMES).await, "abcdefgh");
+    assert_eq!(value(&service.db.superuser, COMMITS).await, "3");
     assert_no_problem(&service.db.superuser).await;
 }
