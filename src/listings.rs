@@ -540,10 +540,13 @@ async fn why_not(
 }
 
 fn respond(row: &Row, status: StatusCode) -> Result<HttpResponse, ApiError> {
+    let mut json = Vec::with_capacity(1024);
+    write(row, &mut json)?;
     Ok(HttpResponse::build(status)
         .insert_header((header::ETAG, conditions::etag(row.try_get("version")?)))
         .insert_header((header::CACHE_CONTROL, "no-cache"))
-        .json(Listing::try_from(row)?))
+        .content_type("application/json")
+        .body(json))
 }
 
 pub async fn list(

@@ -1,6 +1,7 @@
 //! The program: its arguments, its log, and the exit code.
 
 use std::io::{self, Write};
+use std::mem;
 use std::process::ExitCode;
 use std::sync::{Mutex, PoisonError};
 use std::thread;
@@ -98,8 +99,14 @@ impl Write for Log {
 }
 
 fn write_log() {
-    let mut stderr = io::stderr().lock();
-    let lines = std::mem::take(&mut *LOG.lock().unwrap_or_else(PoisonError::into_inner));
+    /// What is being written. Both keep their room for the next lines.
+    static WRITING: Mutex<Vec<u8>> = Mutex::new(Vec::new());
+    let mut lines = WRITING.lock().unwrap_or_else(PoisonError::into_inner);
+    mem::swap(
+        &mut *lines,
+        &mut *LOG.lock().unwrap_or_else(PoisonError::into_inner),
+    );
     // Nobody is left to tell that nobody reads the log.
-    let _ = stderr.write_all(&lines);
+    let _ = io::stderr().write_all(&lines);
+    lines.clear();
 }
