@@ -135,12 +135,13 @@ impl Database {
 
     async fn within_limits<T>(
         &self,
-        statements: usize,
+        limits: u32,
         answer: impl Future<Output = T>,
     ) -> Result<T, ApiError> {
         let late = |_| ApiError::unavailable("no answer from the database within the limit");
-        let limit = self.answer_timeout * u32::try_from(statements).unwrap_or(u32::MAX);
-        timeout(limit, answer).await.map_err(late)
+        timeout(self.answer_timeout * limits, answer)
+            .await
+            .map_err(late)
     }
 
     /// Runs one statement that only reads.
@@ -255,7 +256,9 @@ impl Database {
                     _ => in_one_transaction(client, &statement, parameters).await,
                 }
             };
-            let error = match self.within_limits(parameters.len(), answer).await? {
+            // Of many statements, each may take a while.
+            let limits = if parameters.len() > 1 { 2 } else { 1 };
+            let error = match self.within_limits(limits, answer).await? {
                 Ok(rows) => {
                     server.answered();
                     busy.give_back();
@@ -360,6 +363,14 @@ async fn in_one_transaction(
         join_all(queries),
         client.batch_execute("commit")
     );
+    // In a transaction, nothing is done behind a refusal. A pooler may have gone on outside of it.
+    if rows
+        .iter()
+        .skip_while(|rows| rows.is_ok())
+        .any(Result::is_ok)
+    {
+        return Err(None);
+    }
     let rows = rows.into_iter().collect::<Result<Vec<_>, _>>();
     match begun {
         Ok(()) => {

@@ -267,7 +267,7 @@ async fn a_long_history_is_what_a_short_one_would_be() {
 
 #[tokio::test]
 async fn reads_that_wait_leave_connections_over_for_writes() {
-    let service = one_worker(&[("POOL_SIZE", "4")]).await;
+    let service = one_worker(&[("POOL_SIZE", "4"), ("POOL_WAIT_MS", "3000")]).await;
     service.post(LOFT).id();
     let lock = "begin; lock table listing_price_log";
     run(&service.db.superuser, lock).await;
@@ -311,7 +311,13 @@ async fn inserts_held_up(service: &Service, headers: &[String], names: &[&str]) 
 }
 
 async fn one_worker(settings: &[(&str, &str)]) -> Service {
-    let settings = [&[("WORKERS", "1")], settings].concat();
+    // Nobody shall be refused while the test sends the others.
+    let patient = [
+        ("WORKERS", "1"),
+        ("POOL_WAIT_MS", "15000"),
+        ("STATEMENT_TIMEOUT_MS", "15000"),
+    ];
+    let settings = [&patient, settings].concat();
     Service::start_with(Database::migrated().await, &settings).await
 }
 
@@ -449,9 +455,9 @@ async fn inserts_that_wait_too_long_for_their_turn_get_503_and_are_not_done() {
 
 #[tokio::test]
 async fn inserts_under_way_may_take_longer_than_anybody_waits_for_a_turn() {
-    let service = one_worker(&[("POOL_WAIT_MS", "1000")]).await;
+    let service = one_worker(&[("POOL_WAIT_MS", "3000")]).await;
     let mut clients = inserts_under_way(&service, "c").await;
-    thread::sleep(Duration::from_millis(1100));
+    thread::sleep(Duration::from_millis(3100));
     run(&service.db.superuser, UNLOCK).await;
     for client in &mut clients {
         client.receive("POST", "/listings").id();
@@ -461,7 +467,7 @@ async fn inserts_under_way_may_take_longer_than_anybody_waits_for_a_turn() {
 
 #[tokio::test]
 async fn an_insert_that_takes_too_long_gets_504_and_takes_no_other_along() {
-    let service = one_worker(&[("STATEMENT_TIMEOUT_MS", "1000")]).await;
+    let service = one_worker(&[("STATEMENT_TIMEOUT_MS", "3000")]).await;
     let mut clients = inserts_under_way(&service, "f").await;
     for (client, name) in clients.iter_mut().zip(&NAMES[2..]) {
         let status = client.receive("POST", "/listings").status;
