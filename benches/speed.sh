@@ -120,6 +120,8 @@ transaction() {
 # one KIND CLIENTS PROGRAM: one turn. Prints requests a second, and of the service the latencies.
 one() {
     threads=$(($2 < cores ? $2 : cores))
+    # The processes of sessions that the turn before has closed are busy for a while yet.
+    sleep 0.5
     if [ "$3" = pgbench ]; then
         transaction "$1" > "$scratch/transaction.sql"
         PGOPTIONS='-c plan_cache_mode=force_generic_plan' db pgbench --no-vacuum --protocol=prepared --client="$2" \
