@@ -265,7 +265,9 @@ impl Database {
                     return Ok(rows);
                 }
                 Err(Some(error)) => error,
-                Err(None) => return Err(ApiError::unavailable("a transaction did not begin")),
+                Err(None) => {
+                    return Err(ApiError::unavailable("a transaction may be done in part"));
+                }
             };
             let lost = connection_is_lost(&error);
             if lost {

@@ -54,23 +54,24 @@ DATABASE_URL          postgres://user:password@host:port/database, required;
 DATABASE_READ_URL     replicas to read from, in the same form          none
 REPLICA_LAG_MS        how far behind a replica may be that is asked    5000
 DATABASE_CA_FILE      certificate authority of the database, PEM; those of the system where not set
-LISTEN_ADDR           address of the API                             127.0.0.1:8080
-ADMIN_ADDR            address of /health and /metrics                127.0.0.1:8081
+LISTEN_ADDR           address of the API                               127.0.0.1:8080
+ADMIN_ADDR            address of /health and /metrics                  127.0.0.1:8081
 AUTH                  who may write: keys, those who have one, or off,
-                      anybody; needed beyond loopback                off
-WORKERS               threads that serve requests                    one for each core
+                      anybody; needed beyond loopback                  off
+WORKERS               threads that serve requests                      one for each core
 POOL_SIZE             database connections for writes and lists, shared
-                      out among the workers, a quarter for lists     16
-POOL_WAIT_MS          how long a request waits for one of them       2000
+                      out among the workers, a quarter for lists       16
+POOL_WAIT_MS          how long a request waits for one of them,
+                      or to insert with others                         2000
 QUEUE_SIZE            requests that may wait on each worker: for listings,
                       for prices, to insert, for keys, and for a
-                      connection                                   5000
-CONNECT_TIMEOUT_MS    how long connecting may take                   3000
-STATEMENT_TIMEOUT_MS  how long a statement may take                  5000
-SHUTDOWN_DELAY_MS     from not ready to no new connections           0
-SHUTDOWN_TIMEOUT_MS   for the requests under way                     30000
-CORS_ORIGINS          origins of browsers, separated by commas       *
-RUST_LOG              what is logged, as env_logger reads it         info";
+                      connection                                       5000
+CONNECT_TIMEOUT_MS    how long connecting may take                     3000
+STATEMENT_TIMEOUT_MS  how long a statement may take                    5000
+SHUTDOWN_DELAY_MS     from not ready to no new connections             0
+SHUTDOWN_TIMEOUT_MS   for the requests under way                       30000
+CORS_ORIGINS          origins of browsers, separated by commas         *
+RUST_LOG              what is logged, as env_logger reads it           info";
 
 impl Settings {
     pub fn from_env() -> Result<Self, String> {
