@@ -46,8 +46,12 @@ impl IfMatch {
         ))
     }
 
-    pub fn versions(&self) -> Option<&[String]> {
-        self.0.as_deref()
+    pub fn versions(&self) -> Option<Vec<String>> {
+        self.0.clone()
+    }
+
+    pub fn is_any(&self) -> bool {
+        self.0.is_none()
     }
 }
 

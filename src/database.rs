@@ -1,7 +1,6 @@
 //! Statements on a pool of connections to one server, for writes and lists, and the check of the schema.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use deadpool_postgres::{
@@ -12,10 +11,10 @@ use refinery::embed_migrations;
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 use rustls::{ClientConfig, RootCertStore};
-use tokio::sync::{OwnedMutexGuard, Semaphore};
+use tokio::sync::Semaphore;
 use tokio::time::timeout;
 use tokio_postgres::types::ToSql;
-use tokio_postgres::{Client, Config, Row, Statement};
+use tokio_postgres::{Client, Config, Row};
 use tokio_postgres_rustls::MakeRustlsConnect;
 
 use crate::error::{ApiError, connection_is_lost, describe, is_refusal, statement_is_stale};
@@ -23,6 +22,9 @@ use crate::servers::{Connecting, Server, Way, available};
 use crate::settings::Settings;
 
 embed_migrations!("sql");
+
+/// How long a statement that has others in its transaction waits for a lock.
+pub const LOCK_LIMIT: Duration = Duration::from_millis(50);
 
 pub type Parameters<'a> = &'a [&'a (dyn ToSql + Sync)];
 
@@ -39,9 +41,6 @@ pub struct Database {
     /// The connections that may read at a time: enough to keep the processors busy. With more, statements get into each
     /// other's way and some take many times as long as others; and slow ones leave nothing over for writes.
     readers: Arc<Semaphore>,
-    turns: Turns,
-    /// Places for those who wait for their turn, which are taken from nobody else.
-    turns_queue: Arc<Semaphore>,
     pub pool_wait: Duration,
     connect_timeout: Duration,
     /// The server ends a statement by itself after its own limit. This one, a second later, is for a server that is gone.
@@ -75,8 +74,6 @@ impl Database {
             queue: Arc::new(Semaphore::new(settings.queue_size)),
             queue_size: settings.queue_size,
             readers: Arc::new(Semaphore::new(pool_size.div_ceil(4))),
-            turns: Turns::default(),
-            turns_queue: Arc::new(Semaphore::new(settings.queue_size)),
             pool_wait: settings.pool_wait,
             connect_timeout: settings.connect_timeout,
             answer_timeout: settings.statement_timeout + Duration::from_secs(1),
@@ -146,68 +143,24 @@ impl Database {
 
     /// Runs one statement that only reads.
     pub async fn read(&self, sql: &str, parameters: Parameters<'_>) -> Result<Vec<Row>, ApiError> {
-        self.run_one(sql, parameters, false).await
-    }
-
-    /// Runs one statement that writes, to a listing if it is there already. The writers of a listing go one by one, so that
-    /// one which somebody has locked keeps a single connection waiting, and no writer of another.
-    pub async fn write(
-        &self,
-        listing: Option<i32>,
-        sql: &str,
-        parameters: Parameters<'_>,
-    ) -> Result<Vec<Row>, ApiError> {
-        let _turn = match listing {
-            Some(listing) => Some(self.turn(listing).await?),
-            None => None,
-        };
-        self.run_one(sql, parameters, true).await
-    }
-
-    /// Runs a statement that writes once for each of these parameters, of which there are at most 30, all of them or none, and
-    /// returns the rows of each.
-    pub async fn write_all(
-        &self,
-        sql: &str,
-        parameters: &[Parameters<'_>],
-    ) -> Result<Vec<Vec<Row>>, ApiError> {
-        self.run(sql, parameters, true).await
-    }
-
-    async fn turn(&self, listing: i32) -> Result<Turn, ApiError> {
-        let mut turn = Turn {
-            turns: self.turns.clone(),
-            listing,
-            held: None,
-        };
-        let mine = lock(&self.turns).entry(listing).or_default().clone();
-        if let Ok(held) = mine.clone().try_lock_owned() {
-            turn.held = Some(held);
-            return Ok(turn);
-        }
-        let _place = self.turns_queue.try_acquire().map_err(ApiError::crowded)?;
-        let held = timeout(self.pool_wait, mine.lock_owned()).await;
-        turn.held =
-            Some(held.map_err(|_| ApiError::contended("others are writing the same listing"))?);
-        Ok(turn)
-    }
-
-    async fn run_one(
-        &self,
-        sql: &str,
-        parameters: Parameters<'_>,
-        writes: bool,
-    ) -> Result<Vec<Row>, ApiError> {
-        let mut rows = self.run(sql, &[parameters], writes).await?;
+        let mut rows = self.run(&[(sql, parameters)], false).await?;
         Ok(rows.pop().unwrap_or_default())
     }
 
-    /// Runs a statement on a connection of its own, and gives the connection back before it returns. What has not been done
+    /// Runs statements that write, at most 30, and returns the rows of each. More than one are a transaction, in which none
+    /// waits longer than [`LOCK_LIMIT`] for a lock.
+    pub async fn write(
+        &self,
+        statements: &[(&str, Parameters<'_>)],
+    ) -> Result<Vec<Vec<Row>>, ApiError> {
+        self.run(statements, true).await
+    }
+
+    /// Runs statements on a connection of their own, and gives the connection back before it returns. What has not been done
     /// for want of a connection is tried once more: a write only if the server said so itself.
     async fn run(
         &self,
-        sql: &str,
-        parameters: &[Parameters<'_>],
+        statements: &[(&str, Parameters<'_>)],
         writes: bool,
     ) -> Result<Vec<Vec<Row>>, ApiError> {
         let mut retried = false;
@@ -249,31 +202,31 @@ impl Database {
                 }
                 Err(error) => return Err(error.into()),
             };
+            let mut open = false;
             let answer = async {
-                let statement = client.prepare_cached(sql).await?;
-                match parameters {
-                    [parameters] => Ok(vec![client.query(&statement, parameters).await?]),
-                    _ => in_one_transaction(client, &statement, parameters).await,
+                match statements {
+                    [(sql, parameters)] => {
+                        let statement = client.prepare_cached(sql).await?;
+                        Ok(vec![client.query(&statement, parameters).await?])
+                    }
+                    _ => in_one_transaction(client, statements, &mut open).await,
                 }
             };
             // Of many statements, each may take a while.
-            let limits = if parameters.len() > 1 { 2 } else { 1 };
+            let limits = if statements.len() > 1 { 2 } else { 1 };
             let error = match self.within_limits(limits, answer).await? {
                 Ok(rows) => {
                     server.answered();
                     busy.give_back();
                     return Ok(rows);
                 }
-                Err(Some(error)) => error,
-                Err(None) => {
-                    return Err(ApiError::unavailable("a transaction may be done in part"));
-                }
+                Err(error) => error,
             };
             let lost = connection_is_lost(&error);
             if lost {
                 server.doubt();
                 lost_at = Some(Instant::now());
-            } else {
+            } else if !open {
                 busy.give_back();
             }
             let stale = statement_is_stale(&error);
@@ -350,40 +303,28 @@ impl Database {
     }
 }
 
-/// Sends everything before the first answer is there. The error is None where nobody can tell what was done.
+/// The connection is of no further use where the transaction stays `open`.
 async fn in_one_transaction(
-    client: &Client,
-    statement: &Statement,
-    parameters: &[Parameters<'_>],
-) -> Result<Vec<Vec<Row>>, Option<tokio_postgres::Error>> {
-    let queries = parameters
-        .iter()
-        .map(|parameters| client.query(statement, parameters));
+    client: &deadpool_postgres::Client,
+    statements: &[(&str, Parameters<'_>)],
+    open: &mut bool,
+) -> Result<Vec<Vec<Row>>, tokio_postgres::Error> {
+    *open = true;
+    let limit = LOCK_LIMIT.as_millis();
+    let begin = format!("begin; set local lock_timeout = {limit}");
+    client.batch_execute(&begin).await?;
+    let mut queries = Vec::with_capacity(statements.len());
+    for (sql, parameters) in statements {
+        // The first time, this waits for locks as well.
+        let statement = client.prepare_cached(sql).await?;
+        queries.push(async move { client.query(&statement, parameters).await });
+    }
     // Each is sent when it is first asked for its answer, in this order, and all have to be asked until the last has come.
-    let (begun, rows, committed) = futures_util::join!(
-        client.batch_execute("begin"),
-        join_all(queries),
-        client.batch_execute("commit")
-    );
-    // In a transaction, nothing is done behind a refusal. A pooler may have gone on outside of it.
-    if rows
-        .iter()
-        .skip_while(|rows| rows.is_ok())
-        .any(Result::is_ok)
-    {
-        return Err(None);
-    }
-    let rows = rows.into_iter().collect::<Result<Vec<_>, _>>();
-    match begun {
-        Ok(()) => {
-            let rows = rows?;
-            committed?;
-            Ok(rows)
-        }
-        Err(error) if connection_is_lost(&error) => Err(Some(error)),
-        // So each has been done, or not, by itself.
-        Err(_) => rows.map_err(|_| None),
-    }
+    let (rows, committed) = futures_util::join!(join_all(queries), client.batch_execute("commit"));
+    *open = committed.is_err();
+    let rows = rows.into_iter().collect::<Result<_, _>>()?;
+    committed?;
+    Ok(rows)
 }
 
 /// How the pool connects.
@@ -393,33 +334,6 @@ impl Connect for Connector {
     fn connect(&self, _: &Config) -> Connecting {
         let server = self.0.borrow().clone();
         server.connect(self.0.clone())
-    }
-}
-
-/// The listings that are being written, each with the turn of its writers.
-type Turns = Arc<Mutex<HashMap<i32, Arc<tokio::sync::Mutex<()>>>>>;
-
-fn lock(turns: &Turns) -> std::sync::MutexGuard<'_, HashMap<i32, Arc<tokio::sync::Mutex<()>>>> {
-    turns.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// The turn of a writer, or its place among those who wait for theirs. The last one removes the listing.
-struct Turn {
-    turns: Turns,
-    listing: i32,
-    held: Option<OwnedMutexGuard<()>>,
-}
-
-impl Drop for Turn {
-    fn drop(&mut self) {
-        self.held = None;
-        let mut turns = lock(&self.turns);
-        if turns
-            .get(&self.listing)
-            .is_some_and(|turn| Arc::strong_count(turn) == 1)
-        {
-            turns.remove(&self.listing);
-        }
     }
 }
 

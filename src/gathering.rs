@@ -7,7 +7,7 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::time::Duration;
 
-use tokio::sync::{Notify, Semaphore, oneshot};
+use tokio::sync::{Notify, Semaphore, SemaphorePermit, oneshot};
 use tokio::time::timeout;
 
 use crate::error::ApiError;
@@ -43,13 +43,13 @@ impl<Q, A> Gathering<Q, A> {
     }
 
     /// Goes `alone`, or with others, whom somebody has to [`serve`](Self::serve).
-    pub async fn join(
-        &self,
+    pub async fn join<'a>(
+        &'a self,
         question: Q,
-        alone: impl AsyncFnOnce(Q) -> Result<A, ApiError>,
+        alone: impl AsyncFnOnce(Q, SemaphorePermit<'a>) -> Result<A, ApiError>,
     ) -> Result<A, ApiError> {
-        if let Ok(_place) = self.places.try_acquire() {
-            return alone(question).await;
+        if let Ok(place) = self.places.try_acquire() {
+            return alone(question, place).await;
         }
         let question = Rc::new(Cell::new(Some(question)));
         let (waiter, mut answer) = oneshot::channel();

@@ -6,7 +6,7 @@
 //! - [`listings`]: a listing's whole life. [`prices`]: the history. Start reading there.
 //! - [`json`], [`parameters`], [`conditions`]: what clients send, checked. [`euros`]: exact money. [`pages`]: long lists.
 //! - [`servers`]: which of them is the primary, who can be read. [`database`]: the pool for writes and lists, the check of the
-//!   schema. [`gathering`]: requests that travel together. [`reader`]: reads by id, which do.
+//!   schema. [`gathering`]: requests that travel together. [`reader`]: reads by id, and [`commits`]: writes, which do.
 //! - [`keys`]: who may write, and as whom.
 //! - [`error`]: from every failure to a status and a message. [`edge`] and [`wire`]: what every response shares. [`awake`]:
 //!   quick answers to whoever is alone.
@@ -14,6 +14,7 @@
 
 mod admin;
 mod awake;
+mod commits;
 mod conditions;
 mod database;
 mod docs;

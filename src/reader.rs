@@ -147,7 +147,7 @@ impl<I: Id> Lane<I> {
     }
 
     pub async fn get(&self, id: I) -> Result<Rows, ApiError> {
-        let alone = async |id| self.ask(&[id]).await.map(Rc::new);
+        let alone = async |id, _place| self.ask(&[id]).await.map(Rc::new);
         self.gathering.join(id, alone).await
     }
 

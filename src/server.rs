@@ -19,12 +19,12 @@ use tokio::net::TcpSocket;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::admin::{self, Stopping};
+use crate::commits::Commits;
 use crate::database::{Database, tls};
 use crate::edge::edge;
 use crate::error::describe;
 use crate::json::TRICKLE_LIMIT;
 use crate::keys::Keys;
-use crate::listings::Inserts;
 use crate::metrics::Metrics;
 use crate::reader::Reader;
 use crate::routes::routes;
@@ -159,7 +159,7 @@ fn serve(
             .app_data(metrics.clone())
             .app_data(Data::new(reader))
             .app_data(Data::new(Keys::new(&settings, primary)))
-            .app_data(Inserts::new(primary, settings.queue_size))
+            .app_data(Commits::new(primary, settings.queue_size))
             .app_data(Data::new(primary.clone()))
             .wrap(Compress::default())
             .wrap(from_fn(edge))

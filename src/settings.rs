@@ -62,10 +62,10 @@ WORKERS               threads that serve requests                      one for e
 POOL_SIZE             database connections for writes and lists, shared
                       out among the workers, a quarter for lists       16
 POOL_WAIT_MS          how long a request waits for one of them,
-                      or to insert with others                         2000
+                      or to write with others                          2000
 QUEUE_SIZE            requests that may wait on each worker: for listings,
-                      for prices, to insert, for keys, and for a
-                      connection                                       5000
+                      for prices, to write with others, for keys, and
+                      for a connection                                 5000
 CONNECT_TIMEOUT_MS    how long connecting may take                     3000
 STATEMENT_TIMEOUT_MS  how long a statement may take                    5000
 SHUTDOWN_DELAY_MS     from not ready to no new connections             0

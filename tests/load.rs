@@ -1,4 +1,4 @@
-//! Requests that travel together, reads by id and inserts: every client gets what is its own.
+//! Requests that travel together, reads by id and writes: every client gets what is its own.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -10,7 +10,7 @@ use tokio::runtime::Handle;
 
 use crate::harness::{Database, OTHER_COLUMNS, OTHER_VALUES, assert_no_problem, rows, run, value};
 use crate::keys::bearer;
-use crate::outage::within;
+use crate::outage::{TWO_SECONDS, within};
 use crate::owners::{administrators_key, key_of};
 use crate::service::{Connection, JSON, LOFT, Service};
 use crate::start::{WAITING, wait_for};
@@ -290,50 +290,67 @@ async fn reads_that_wait_leave_connections_over_for_writes() {
     }
 }
 
-/// A service with one worker and clients whose inserts, of listings by these names, all wait for the superuser's `commit`: the
-/// first two each for itself, the others for their turn.
-async fn inserts_held_up(service: &Service, headers: &[String], names: &[&str]) -> Vec<Connection> {
-    run(&service.db.superuser, "begin; lock table listing").await;
-    let mut clients = Vec::new();
-    for (name, headers) in names.iter().zip(headers.iter().cycle()) {
-        let body = LOFT.replace("Loft", name);
-        let mut client = service.connect();
-        let head = format!("POST /listings HTTP/1.1\r\nhost: test\r\n{headers}");
-        let length = body.len();
-        client.write(format!("{head}content-length: {length}\r\n\r\n{body}").as_bytes());
-        clients.push(client);
-        let waiting = clients.len().min(2);
-        wait_for(service, WAITING, &waiting.to_string()).await;
-        // The one worker looks this key up behind all that was sent before, and then answers.
-        service.send("DELETE", "/listings/none", headers, "");
+async fn one_worker(settings: &[(&str, &str)]) -> Service {
+    let settings = [&[("WORKERS", "1")], settings].concat();
+    Service::start_with(Database::migrated().await, &settings).await
+}
+
+/// Sends requests in such a way that the worker finds them all at once: the first two then go each by itself, the others
+/// together.
+fn send_together(service: &Service, requests: &[String]) -> Vec<Connection> {
+    let mut clients: Vec<_> = requests.iter().map(|_| service.connect()).collect();
+    for client in &mut clients {
+        // So the worker knows them.
+        client.send("GET", "/listings/none", "", "");
+    }
+    service.signal("-STOP");
+    within(TWO_SECONDS, "a stop", || service.is_stopped());
+    for (client, request) in clients.iter_mut().zip(requests) {
+        client.write(request.as_bytes());
     }
     clients
 }
 
-async fn one_worker(settings: &[(&str, &str)]) -> Service {
-    // Nobody shall be refused while the test sends the others.
-    let patient = [
-        ("WORKERS", "1"),
-        ("POOL_WAIT_MS", "15000"),
-        ("STATEMENT_TIMEOUT_MS", "15000"),
-    ];
-    let settings = [&patient, settings].concat();
-    Service::start_with(Database::migrated().await, &settings).await
+fn with_body(method: &str, path: &str, headers: &str, body: &str) -> String {
+    let length = body.len();
+    format!(
+        "{method} {path} HTTP/1.1\r\nhost: test\r\n{headers}content-length: {length}\r\n\r\n{body}"
+    )
+}
+
+fn insert(name: &str, headers: &str) -> String {
+    with_body("POST", "/listings", headers, &LOFT.replace("Loft", name))
+}
+
+/// Clients whose inserts, of listings by these names, the worker is to find all at once when it is told to go on.
+fn inserts_together(service: &Service, names: &[&str]) -> Vec<Connection> {
+    let inserts: Vec<_> = names.iter().map(|name| insert(name, JSON)).collect();
+    send_together(service, &inserts)
+}
+
+/// Makes an insert of this name take so long.
+async fn slow(service: &Service, name: &str, seconds: f32) {
+    let slow = format!(
+        "create function wait_{name}() returns trigger language plpgsql as \
+            'begin perform pg_sleep({seconds}); return new; end'; \
+        create trigger wait_{name} before insert on listing for each row when (new.name = '{name}') execute function wait_{name}()"
+    );
+    run(&service.db.superuser, &slow).await;
 }
 
 const COMMITS: &str = "select count(distinct xact_id) from listing_price_log";
 
 const ALL_NAMES: &str = "select string_agg(name, '' order by name) from listing";
 
-const UNLOCK: &str = "select pg_advisory_unlock(1)";
+const SLEEPING: &str = "select count(*) from pg_stat_activity where wait_event = 'PgSleep' and datname = current_database()";
 
 const NAMES: [&str; 8] = ["a", "b", "c", "d", "e", "f", "g", "h"];
 
 #[tokio::test]
 async fn inserts_that_arrive_together_share_a_commit_and_each_gets_its_own_listing() {
     let service = one_worker(&[]).await;
-    let mut clients = inserts_held_up(&service, &[JSON.to_owned()], &NAMES).await;
-    run(&service.db.superuser, "commit").await;
+    let mut clients = inserts_together(&service, &NAMES);
+    service.signal("-CONT");
     let mut ids = Vec::new();
     for (client, name) in clients.iter_mut().zip(NAMES) {
         let response = client.receive("POST", "/listings");
@@ -350,14 +367,106 @@ async fn inserts_that_arrive_together_share_a_commit_and_each_gets_its_own_listi
     assert_no_problem(&service.db.superuser).await;
 }
 
+/// As many listings as there are names, all with the same price and none logged.
+async fn listings(service: &Service) {
+    let listings = format!(
+        "insert into listing (price, {OTHER_COLUMNS}) select 1, {OTHER_VALUES} from generate_series(1, {})",
+        NAMES.len()
+    );
+    run(&service.db.superuser, &listings).await;
+}
+
+fn reprice(id: usize, price: usize, headers: &str) -> String {
+    let body = format!(r#"{{"latest_price_eur": {price}}}"#);
+    with_body("PATCH", &format!("/listings/{id}"), headers, &body)
+}
+
+#[tokio::test]
+async fn updates_that_arrive_together_share_a_commit_and_each_gets_its_own_answer() {
+    let service = one_worker(&[]).await;
+    listings(&service).await;
+    let seen_before = format!("{JSON}if-match: \"1\"\r\n");
+    let requests = [
+        reprice(1, 10, JSON),
+        reprice(2, 20, JSON),
+        // In no order.
+        reprice(8, 80, JSON),
+        reprice(3, 30, JSON),
+        insert("new", JSON),
+        reprice(4, 40, &seen_before),
+        reprice(99, 990, JSON),
+        reprice(5, 50, JSON),
+        // Has its turn after the other.
+        reprice(5, 51, JSON),
+    ];
+    let mut clients = send_together(&service, &requests);
+    service.signal("-CONT");
+    let responses: Vec<_> = clients
+        .iter_mut()
+        .zip(&requests)
+        .map(|(client, request)| match request.strip_prefix("POST") {
+            Some(_) => client.receive("POST", "/listings"),
+            None => client.receive("PATCH", "/listings/1"),
+        })
+        .collect();
+    let statuses: Vec<_> = responses.iter().map(|response| response.status).collect();
+    assert_eq!(statuses, [200, 200, 200, 200, 201, 412, 404, 200, 200]);
+    for (response, (id, price)) in responses.iter().zip([(1, 10), (2, 20), (8, 80), (3, 30)]) {
+        assert_eq!(response.json()["id"], id);
+        assert_eq!(response.json()["latest_price_eur"], price);
+        let now = service.get(&format!("/listings/{id}"));
+        assert_eq!(
+            (now.json(), now.header("etag")),
+            (response.json(), response.header("etag"))
+        );
+    }
+    assert_ne!(responses[7].header("etag"), responses[8].header("etag"));
+    let logged = "select string_agg(listing_id || ':' || new_price, ' ' order by listing_id, id) from listing_price_log \
+        where old_price is not null or listing_id > 8";
+    let expected = "1:10.00 2:20.00 3:30.00 5:50.00 5:51.00 8:80.00 9:480000.00";
+    assert_eq!(value(&service.db.superuser, logged).await, expected);
+    // The listings' own, those of 1 and of 2, that of the others, and that of the last.
+    assert_eq!(value(&service.db.superuser, COMMITS).await, "5");
+    assert_no_problem(&service.db.superuser).await;
+}
+
+#[tokio::test]
+async fn an_update_that_waits_for_a_lock_holds_up_no_other() {
+    let service = one_worker(&[]).await;
+    listings(&service).await;
+    let lock = "begin; update listing set price = 2 where id in (1, 2, 4, 8)";
+    run(&service.db.superuser, lock).await;
+    let mut waiting = Vec::new();
+    // Two that go by themselves wait, then one of those that go together, twice: more than may be under way at a time.
+    for ids in [1..=4, 5..=8, 3..=3] {
+        let requests: Vec<_> = ids.clone().map(|id| reprice(id, 10 * id, JSON)).collect();
+        let clients = send_together(&service, &requests);
+        service.signal("-CONT");
+        for (id, mut client) in ids.zip(clients) {
+            if [1, 2, 4, 8].contains(&id) {
+                waiting.push(client);
+            } else {
+                let response = client.receive("PATCH", "/listings/1");
+                assert_eq!(response.json()["latest_price_eur"], 10 * id);
+            }
+        }
+    }
+    wait_for(&service, WAITING, "4").await;
+    run(&service.db.superuser, "commit").await;
+    for client in &mut waiting {
+        assert_eq!(client.receive("PATCH", "/listings/1").status, 200);
+    }
+    assert_no_problem(&service.db.superuser).await;
+}
+
 #[tokio::test]
 async fn an_insert_that_is_refused_takes_no_other_along() {
     let service = one_worker(&[]).await;
     // A rule of the DBA's own.
     let rule = "alter table listing add constraint no_f check (name <> 'f')";
     run(&service.db.superuser, rule).await;
-    let mut clients = inserts_held_up(&service, &[JSON.to_owned()], &NAMES).await;
-    run(&service.db.superuser, "commit").await;
+    let mut clients = inserts_together(&service, &NAMES);
+    service.signal("-CONT");
     for (client, name) in clients.iter_mut().zip(NAMES) {
         let status = client.receive("POST", "/listings").status;
         assert_eq!(status, if name == "f" { 500 } else { 201 }, "{name}");
@@ -377,8 +486,8 @@ async fn inserts_that_get_into_each_others_way_are_all_done() {
         grant usage on sequence tries to public; \
         create trigger deadlock before insert on listing for each row when (new.name = 'f') execute function deadlock()";
     run(&service.db.superuser, rule).await;
-    let mut clients = inserts_held_up(&service, &[JSON.to_owned()], &NAMES).await;
-    run(&service.db.superuser, "commit").await;
+    let mut clients = inserts_together(&service, &NAMES);
+    service.signal("-CONT");
     for client in &mut clients {
         client.receive("POST", "/listings").id();
     }
@@ -388,10 +497,9 @@ async fn inserts_that_get_into_each_others_way_are_all_done() {
 #[tokio::test]
 async fn an_insert_whose_client_hangs_up_in_time_is_not_done() {
     let service = one_worker(&[]).await;
-    let mut clients = inserts_held_up(&service, &[JSON.to_owned()], &NAMES).await;
+    let mut clients = inserts_together(&service, &NAMES);
     drop(clients.remove(5));
-    service.get("/listings/none");
-    run(&service.db.superuser, "commit").await;
+    service.signal("-CONT");
     for client in &mut clients {
         client.receive("POST", "/listings").id();
     }
@@ -399,15 +507,19 @@ async fn an_insert_whose_client_hangs_up_in_time_is_not_done() {
 }
 
 #[tokio::test]
-async fn inserts_of_many_keys_are_each_logged_under_their_own() {
+async fn writes_of_many_keys_are_each_logged_under_their_own() {
     let service = one_worker(&[("AUTH", "keys")]).await;
     let mut headers = Vec::new();
     for owner in ["left", "right"] {
         headers.push(bearer(&key_of(&service.db.superuser, owner).await));
     }
     headers.push(bearer(&administrators_key(&service.db.superuser).await));
-    let mut clients = inserts_held_up(&service, &headers, &NAMES).await;
-    run(&service.db.superuser, "commit").await;
+    let writes = NAMES.iter().zip(headers.iter().cycle());
+    let inserts: Vec<_> = writes
+        .map(|(name, headers)| insert(name, headers))
+        .collect();
+    let mut clients = send_together(&service, &inserts);
+    service.signal("-CONT");
     for client in &mut clients {
         client.receive("POST", "/listings").id();
     }
@@ -415,39 +527,24 @@ async fn inserts_of_many_keys_are_each_logged_under_their_own() {
         from listing join listing_price_log on listing_id = listing.id";
     let expected = "a left left, b right right, c  admin:3, d left left, e right right, f  admin:3, g left left, h right right";
     assert_eq!(value(&service.db.superuser, logged).await, expected);
-    assert_eq!(value(&service.db.superuser, COMMITS).await, "3");
+    // Some wait for the answer about their key while the first is at work already.
+    let together = "select max(inserts) > 1 from (select count(*) as inserts from listing_price_log group by xact_id) as commits";
+    assert_eq!(value(&service.db.superuser, together).await, "t");
     assert_no_problem(&service.db.superuser).await;
-}
-
-/// Clients whose inserts go together and wait, at the one of this name, until the superuser unlocks 1. Those of `a` and `b` went
-/// before.
-async fn inserts_under_way(service: &Service, stop_at: &str) -> Vec<Connection> {
-    let mut clients = inserts_held_up(service, &[JSON.to_owned()], &NAMES).await;
-    let stop = format!(
-        "create function wait() returns trigger language plpgsql as \
-            'begin perform pg_advisory_xact_lock_shared(1); return new; end'; \
-        create trigger wait before insert on listing for each row when (new.name = '{stop_at}') execute function wait(); \
-        select pg_advisory_lock(1); commit"
-    );
-    run(&service.db.superuser, &stop).await;
-    for mut client in clients.drain(..2) {
-        client.receive("POST", "/listings").id();
-    }
-    wait_for(service, WAITING, "1").await;
-    clients
 }
 
 #[tokio::test]
 async fn inserts_that_wait_too_long_for_their_turn_get_503_and_are_not_done() {
-    let service = one_worker(&[("POOL_WAIT_MS", "500")]).await;
-    let mut clients = inserts_held_up(&service, &[JSON.to_owned()], &NAMES[..4]).await;
-    for client in clients.iter_mut().skip(2) {
-        assert_eq!(client.receive("POST", "/listings").status, 503);
-    }
-    run(&service.db.superuser, "commit").await;
-    for client in clients.iter_mut().take(2) {
-        client.receive("POST", "/listings").id();
-    }
+    let service = one_worker(&[("POOL_WAIT_MS", "10")]).await;
+    slow(&service, "a", 0.5).await;
+    slow(&service, "b", 0.5).await;
+    let mut clients = inserts_together(&service, &NAMES[..4]);
+    service.signal("-CONT");
+    let statuses: Vec<_> = clients
+        .iter_mut()
+        .map(|client| client.receive("POST", "/listings").status)
+        .collect();
+    assert_eq!(statuses, [201, 201, 503, 503]);
     // Behind whatever was still to be done.
     service.post(LOFT).id();
     assert_eq!(value(&service.db.superuser, ALL_NAMES).await, "Loftab");
@@ -455,10 +552,10 @@ async fn inserts_that_wait_too_long_for_their_turn_get_503_and_are_not_done() {
 
 #[tokio::test]
 async fn inserts_under_way_may_take_longer_than_anybody_waits_for_a_turn() {
-    let service = one_worker(&[("POOL_WAIT_MS", "3000")]).await;
-    let mut clients = inserts_under_way(&service, "c").await;
-    thread::sleep(Duration::from_millis(3100));
-    run(&service.db.superuser, UNLOCK).await;
+    let service = one_worker(&[("POOL_WAIT_MS", "1000")]).await;
+    slow(&service, "f", 1.5).await;
+    let mut clients = inserts_together(&service, &NAMES);
+    service.signal("-CONT");
     for client in &mut clients {
         client.receive("POST", "/listings").id();
     }
@@ -467,11 +564,13 @@ async fn inserts_under_way_may_take_longer_than_anybody_waits_for_a_turn() {
 
 #[tokio::test]
 async fn an_insert_that_takes_too_long_gets_504_and_takes_no_other_along() {
-    let service = one_worker(&[("STATEMENT_TIMEOUT_MS", "3000")]).await;
-    let mut clients = inserts_under_way(&service, "f").await;
-    for (client, name) in clients.iter_mut().zip(&NAMES[2..]) {
+    let service = one_worker(&[("STATEMENT_TIMEOUT_MS", "1000")]).await;
+    slow(&service, "f", 5.0).await;
+    let mut clients = inserts_together(&service, &NAMES);
+    service.signal("-CONT");
+    for (client, name) in clients.iter_mut().zip(NAMES) {
         let status = client.receive("POST", "/listings").status;
-        assert_eq!(status, if *name == "f" { 504 } else { 201 }, "{name}");
+        assert_eq!(status, if name == "f" { 504 } else { 201 }, "{name}");
     }
     assert_eq!(value(&service.db.superuser, ALL_NAMES).await, "abcdegh");
 }
@@ -481,15 +580,16 @@ async fn an_insert_whose_client_has_hung_up_is_not_tried_again() {
     let service = one_worker(&[]).await;
     let rule = "alter table listing add constraint no_h check (name <> 'h')";
     run(&service.db.superuser, rule).await;
-    let mut clients = inserts_under_way(&service, "f").await;
-    drop(clients.remove(1));
-    service.get("/listings/none");
-    run(&service.db.superuser, UNLOCK).await;
+    slow(&service, "f", 2.0).await;
+    let mut clients = inserts_together(&service, &NAMES);
+    service.signal("-CONT");
+    wait_for(&service, SLEEPING, "1").await;
+    drop(clients.remove(3));
     let statuses: Vec<_> = clients
         .iter_mut()
         .map(|client| client.receive("POST", "/listings").status)
         .collect();
-    assert_eq!(statuses, [201, 201, 201, 201, 500]);
+    assert_eq!(statuses, [201, 201, 201, 201, 201, 201, 500]);
     assert_eq!(value(&service.db.superuser, ALL_NAMES).await, "abcefg");
 }
 
@@ -498,17 +598,12 @@ async fn inserts_that_go_together_may_be_long() {
     let service = one_worker(&[]).await;
     // Around the size of the pieces in which PostgreSQL sends.
     for first in (15_900..16_320).step_by(14) {
-        let mut clients = inserts_held_up(&service, &[JSON.to_owned()], &["a"; 2]).await;
-        for length in first..first + 14 {
-            let body = LOFT.replace("Under the roof", &"x".repeat(length));
-            let length = body.len();
-            let mut client = service.connect();
-            let head = format!("POST /listings HTTP/1.1\r\nhost: test\r\n{JSON}");
-            client.write(format!("{head}content-length: {length}\r\n\r\n{body}").as_bytes());
-            clients.push(client);
-        }
-        service.get("/listings/none");
-        run(&service.db.superuser, "commit").await;
+        let of_length = |length| LOFT.replace("Under the roof", &"x".repeat(length));
+        let inserts: Vec<_> = (first - 2..first + 14)
+            .map(|length| with_body("POST", "/listings", JSON, &of_length(length)))
+            .collect();
+        let mut clients = send_together(&service, &inserts);
+        service.signal("-CONT");
         for client in &mut clients {
             client.receive("POST", "/listings").id();
         }
@@ -518,12 +613,14 @@ async fn inserts_that_go_together_may_be_long() {
 #[tokio::test]
 async fn inserts_under_way_together_outlive_their_connection() {
     let service = one_worker(&[]).await;
-    let mut clients = inserts_under_way(&service, "f").await;
+    slow(&service, "f", 1.0).await;
+    let mut clients = inserts_together(&service, &NAMES);
+    service.signal("-CONT");
+    wait_for(&service, SLEEPING, "1").await;
     let end = "select pg_terminate_backend(pid) from pg_stat_activity \
-        where wait_event_type = 'Lock' and datname = current_database()";
+        where wait_event = 'PgSleep' and datname = current_database()";
     assert_eq!(value(&service.db.superuser, end).await, "t");
     // PostgreSQL said that it has ended it, so it is done again.
-    run(&service.db.superuser, UNLOCK).await;
     for client in &mut clients {
         client.receive("POST", "/listings").id();
     }

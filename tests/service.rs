@@ -150,15 +150,27 @@ impl Service {
         self.child.wait().expect("its end").code()
     }
 
-    /// What it has had of the processors.
-    pub fn processor_time(&self) -> Duration {
+    /// What the system tells of the process, from the third field on: the second is the name, in parentheses.
+    fn stat(&self) -> Vec<String> {
         let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id()));
         let stat = stat.expect("the state of the process");
-        // The 14th and 15th field, in ticks of 10 ms. The second is the name, in parentheses.
         let (_, fields) = stat.rsplit_once(')').expect("a name");
-        let ticks = fields.split_whitespace().skip(11).take(2);
-        let ticks = ticks.map(|field| field.parse::<u32>().expect("a number"));
-        Duration::from_millis(10) * ticks.sum()
+        fields.split_whitespace().map(str::to_owned).collect()
+    }
+
+    /// What it has had of the processors.
+    pub fn processor_time(&self) -> Duration {
+        // The 14th and 15th field, in ticks of 10 ms.
+        let ticks = self.stat()[11..13]
+            .iter()
+            .map(|field| field.parse::<u32>().expect("a number"))
+            .sum::<u32>();
+        Duration::from_millis(10) * ticks
+    }
+
+    /// Whether a signal has stopped it.
+    pub fn is_stopped(&self) -> bool {
+        self.stat()[0] == "T"
     }
 
     pub fn resident_kib(&self) -> usize {
