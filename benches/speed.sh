@@ -91,7 +91,7 @@ update="update public.listing set name = coalesce(:name, name), street_address =
     price = coalesce(:price, price), surface_area_m2 = coalesce(:surface_area_m2, surface_area_m2),
     rooms_count = coalesce(:rooms_count, rooms_count), bedrooms_count = coalesce(:bedrooms_count, bedrooms_count),
     contact_phone_number = case when :has_phone then :contact_phone_number else contact_phone_number end,
-    updated_date = $written_by now() end
+    updated_date = $written_by statement_timestamp() end
     where id = :id and (:versions = '{}' or xmin::text = any(:versions)) and (:owner = 'nobody' or owner = :owner) returning $columns"
 
 # The transaction of pgbench that asks for the same as a request of benches/speed.lua.

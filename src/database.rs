@@ -25,6 +25,15 @@ embed_migrations!("sql");
 
 /// How long a statement that has others in its transaction waits for a lock.
 pub const LOCK_LIMIT: Duration = Duration::from_millis(50);
+/// What a transaction of many statements begins with. Each may take an eighth of what it may alone, so that 16 stay within the
+/// limit for their answers.
+fn begin(statement_timeout: Duration) -> String {
+    format!(
+        "begin; set local lock_timeout = {}; set local statement_timeout = {}",
+        LOCK_LIMIT.as_millis(),
+        (statement_timeout / 8).as_millis().max(1)
+    )
+}
 
 pub type Parameters<'a> = &'a [&'a (dyn ToSql + Sync)];
 
@@ -43,6 +52,7 @@ pub struct Database {
     readers: Arc<Semaphore>,
     pub pool_wait: Duration,
     connect_timeout: Duration,
+    begin: String,
     /// The server ends a statement by itself after its own limit. This one, a second later, is for a server that is gone.
     pub answer_timeout: Duration,
 }
@@ -76,6 +86,7 @@ impl Database {
             readers: Arc::new(Semaphore::new(pool_size.div_ceil(4))),
             pool_wait: settings.pool_wait,
             connect_timeout: settings.connect_timeout,
+            begin: begin(settings.statement_timeout),
             answer_timeout: settings.statement_timeout + Duration::from_secs(1),
         })
     }
@@ -147,8 +158,8 @@ impl Database {
         Ok(rows.pop().unwrap_or_default())
     }
 
-    /// Runs statements that write, at most 30, and returns the rows of each. More than one are a transaction, in which none
-    /// waits longer than [`LOCK_LIMIT`] for a lock.
+    /// Runs statements that write, at most 16, and returns the rows of each. More than one are a transaction, in which all have
+    /// to be quick, because they wait for each other.
     pub async fn write(
         &self,
         statements: &[(&str, Parameters<'_>)],
@@ -165,8 +176,11 @@ impl Database {
     ) -> Result<Vec<Vec<Row>>, ApiError> {
         let mut retried = false;
         let mut lost_at = None;
+        let places = statements.len().min(self.queue_size);
+        let places = u32::try_from(places).map_err(ApiError::internal)?;
         loop {
-            let place = self.queue.try_acquire().map_err(ApiError::crowded)?;
+            let waiting = self.queue.try_acquire_many(places);
+            let waiting = waiting.map_err(ApiError::crowded)?;
             let server = if writes {
                 self.writable().await?
             } else {
@@ -180,7 +194,7 @@ impl Database {
                 Some(reader.map_err(late)?)
             };
             let connected = server.unless_given_up(self.pool.get()).await?;
-            drop(place);
+            drop(waiting);
             let mut busy = Busy {
                 client: None,
                 tls: &self.tls,
@@ -209,7 +223,7 @@ impl Database {
                         let statement = client.prepare_cached(sql).await?;
                         Ok(vec![client.query(&statement, parameters).await?])
                     }
-                    _ => in_one_transaction(client, statements, &mut open).await,
+                    _ => in_one_transaction(client, &self.begin, statements, &mut open).await,
                 }
             };
             // Of many statements, each may take a while.
@@ -306,13 +320,12 @@ impl Database {
 /// The connection is of no further use where the transaction stays `open`.
 async fn in_one_transaction(
     client: &deadpool_postgres::Client,
+    begin: &str,
     statements: &[(&str, Parameters<'_>)],
     open: &mut bool,
 ) -> Result<Vec<Vec<Row>>, tokio_postgres::Error> {
     *open = true;
-    let limit = LOCK_LIMIT.as_millis();
-    let begin = format!("begin; set local lock_timeout = {limit}");
-    client.batch_execute(&begin).await?;
+    client.batch_execute(begin).await?;
     let mut queries = Vec::with_capacity(statements.len());
     for (sql, parameters) in statements {
         // The first time, this waits for locks as well.

@@ -188,7 +188,7 @@ pub fn id(text: &str) -> Result<i32, ApiError> {
 }
 
 /// A value of the row to be written which, on the way, says who writes it: so it is said before any trigger of the row fires,
-/// and for this statement alone.
+/// and for no longer than the transaction.
 macro_rules! written_by {
     ($actor:literal, $value:literal) => {
         concat!(
@@ -348,7 +348,7 @@ const UPDATE: &str = concat!(
      bedrooms_count = coalesce($13, bedrooms_count), \
      contact_phone_number = case when $14 then $15 else contact_phone_number end, \
      updated_date = ",
-    written_by!("$17", "now()"),
+    written_by!("$17", "statement_timestamp()"),
     " where id = $1 and ($2::text[] is null or xmin::text = any($2)) and ($16::text is null or owner = $16) returning ",
     columns!()
 );
@@ -419,7 +419,7 @@ pub async fn delete(
     let if_match = IfMatch::of(&request);
     let values = values![id, if_match.versions(), owner.clone(), actor];
     // A long history takes its time.
-    let rows = commits.alone(Some(id), DELETE, values).await?;
+    let rows = commits.alone(id, DELETE, values).await?;
     if rows.is_empty() {
         return Err(why_not(&commits, id, &if_match, owner).await);
     }

@@ -160,7 +160,6 @@ fn serve(
             .app_data(Data::new(reader))
             .app_data(Data::new(Keys::new(&settings, primary)))
             .app_data(Commits::new(primary, settings.queue_size))
-            .app_data(Data::new(primary.clone()))
             .wrap(Compress::default())
             .wrap(from_fn(edge))
             .wrap(Logger::new("%r %s %b %Dms %{x-request-id}o"))
