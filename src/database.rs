@@ -119,7 +119,7 @@ impl Database {
     pub async fn connect(&self, server: Arc<Server>) -> Result<Client, ApiError> {
         let connecting = server.clone().connect(self.way.clone());
         let connected = self.connected_within_limit(async {
-            let connected = server.unless_given_up(connecting).await?;
+            let connected = server.unless_left(&self.way, connecting).await?;
             connected.map_err(|error| ApiError::no_connection(&error))
         });
         Ok(connected.await?.0)
@@ -193,8 +193,16 @@ impl Database {
                 let late = |_| ApiError::unavailable("too many are reading");
                 Some(reader.map_err(late)?)
             };
-            let connected = server.unless_given_up(self.pool.get()).await?;
+            let connected = server.unless_left(&self.way, self.pool.get()).await;
             drop(waiting);
+            let connected = match connected {
+                Ok(connected) => connected,
+                Err(left) if retried => return Err(left),
+                Err(_) => {
+                    retried = true;
+                    continue;
+                }
+            };
             let mut busy = Busy {
                 client: None,
                 tls: &self.tls,

@@ -464,15 +464,25 @@ impl Server {
         }
     }
 
-    /// Waits for something of it for as long as it is not given up.
-    pub async fn unless_given_up<T>(
+    /// Waits for something of it for as long as it is not left.
+    pub async fn unless_left<T>(
         &self,
+        way: &Way,
         awaited: impl Future<Output = T>,
     ) -> Result<T, ApiError> {
         tokio::select! {
             biased;
             result = awaited => Ok(result),
-            () = self.given_up() => Err(self.gone()),
+            () = self.left(way) => Err(self.gone()),
+        }
+    }
+
+    /// Until it is given up, or is no longer the one at the end of the way.
+    async fn left(&self, way: &Way) {
+        let mut way = way.clone();
+        tokio::select! {
+            () = self.given_up() => (),
+            _ = way.wait_for(|server| !std::ptr::eq(Arc::as_ptr(server), self)) => (),
         }
     }
 
@@ -488,16 +498,10 @@ impl Server {
         ApiError::unavailable(format!("{} {}", self.name, self.state()))
     }
 
-    /// Connects. The connection ends when the server is given up, or is no longer the one at the end of the way.
-    pub fn connect(self: Arc<Self>, mut way: Way) -> Connecting {
+    /// Connects. The connection ends when the server is left.
+    pub fn connect(self: Arc<Self>, way: Way) -> Connecting {
         let (config, tls) = (self.config.clone(), self.tls.clone());
-        let of_no_more_use = async move {
-            tokio::select! {
-                () = self.given_up() => (),
-                _ = way.wait_for(|server| !Arc::ptr_eq(server, &self)) => (),
-            }
-        };
-        connect(config, tls, of_no_more_use)
+        connect(config, tls, async move { self.left(&way).await })
     }
 }
 

@@ -130,6 +130,33 @@ async fn writes_reach_a_promoted_standby_and_no_acknowledged_one_is_lost() {
 }
 
 #[tokio::test]
+async fn what_waits_for_a_connection_goes_to_the_promoted_standby() {
+    let (primary, standby) = pair().await;
+    let link = Link::to(&primary);
+    let url = over(&primary, &[&link.address, standby.address()]);
+    // Longer than the clients of the test wait.
+    let settings = [
+        ("POOL_WAIT_MS", "60000"),
+        ("CONNECT_TIMEOUT_MS", "60000"),
+        ("WORKERS", "1"),
+    ];
+    let url = format!("{url}?target_session_attrs=read-write");
+    let service = service(&url, &settings).await;
+    // No connection for lists and writes has been made yet.
+    link.cut(true);
+    let (mut write, mut read) = (service.connect(), service.connect());
+    let head = "POST /listings HTTP/1.1\r\nhost: x\r\n";
+    let length = LOFT.len();
+    write.write(format!("{head}{JSON}content-length: {length}\r\n\r\n{LOFT}").as_bytes());
+    read.write(b"GET /listings/1 HTTP/1.1\r\nhost: x\r\n\r\n");
+    // The one worker answers this behind what was sent before.
+    service.get("/listings/none");
+    standby.call("promote");
+    assert_eq!(write.receive("POST", "/listings").id(), 1);
+    assert!([200, 404].contains(&read.receive("GET", "/listings/1").status));
+}
+
+#[tokio::test]
 async fn a_server_that_became_read_only_is_left() {
     let (primary, standby) = pair().await;
     let url = over(&primary, &[primary.address(), standby.address()]);
