@@ -15,7 +15,6 @@
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::pin::pin;
-use std::rc::Rc;
 use std::sync::Arc;
 
 use actix_web::{rt, web};
@@ -32,7 +31,8 @@ use crate::gathering::{Gathering, Waiter, refuse};
 pub struct Commits {
     pub database: Database,
     gathering: Gathering<Write, Vec<Row>>,
-    turns: Turns,
+    /// The listings that are being written, each with the turn of its writers.
+    turns: RefCell<HashMap<i32, Arc<Mutex<()>>>>,
     /// Places for those who wait for their turn, which are taken from nobody else.
     turns_queue: Semaphore,
 }
@@ -54,13 +54,14 @@ impl Commits {
         let commits = web::Data::new(Self {
             database: database.clone(),
             gathering: Gathering::new(queue, database.pool_wait, COMMITS, TOGETHER),
-            turns: Turns::default(),
+            turns: RefCell::default(),
             turns_queue: Semaphore::new(queue),
         });
         for _ in 0..COMMITS {
             let serving = commits.clone();
             rt::spawn(async move {
                 let answer = async |batch| {
+                    // What takes longer goes on without its place.
                     let commits = serving.clone();
                     let answered = rt::spawn(async move { commits.answer(batch).await });
                     let _ = timeout(LOCK_LIMIT, answered).await;
@@ -78,7 +79,10 @@ impl Commits {
         sql: &'static str,
         values: Vec<Value>,
     ) -> Result<Vec<Row>, ApiError> {
-        let _turn = self.turn(listing).await?;
+        let _turn = match listing {
+            Some(listing) => Some(self.turn(listing).await?),
+            None => None,
+        };
         let write = Write {
             listing,
             sql,
@@ -102,10 +106,9 @@ impl Commits {
         sql: &'static str,
         values: Vec<Value>,
     ) -> Result<Vec<Row>, ApiError> {
-        let listing = Some(listing);
         let _turn = self.turn(listing).await?;
         let write = Write {
-            listing,
+            listing: Some(listing),
             sql,
             values,
         };
@@ -152,25 +155,22 @@ impl Commits {
         }
     }
 
-    async fn turn(&self, listing: Option<i32>) -> Result<Option<Turn>, ApiError> {
-        let Some(listing) = listing else {
-            return Ok(None);
-        };
+    async fn turn(&self, listing: i32) -> Result<Turn<'_>, ApiError> {
         let mut turn = Turn {
-            turns: self.turns.clone(),
+            commits: self,
             listing,
             held: None,
         };
         let mine = self.turns.borrow_mut().entry(listing).or_default().clone();
         if let Ok(held) = mine.clone().try_lock_owned() {
             turn.held = Some(held);
-            return Ok(Some(turn));
+            return Ok(turn);
         }
         let _place = self.turns_queue.try_acquire().map_err(ApiError::crowded)?;
         let held = timeout(self.database.pool_wait, mine.lock_owned()).await;
         turn.held =
             Some(held.map_err(|_| ApiError::contended("others are writing the same listing"))?);
-        Ok(Some(turn))
+        Ok(turn)
     }
 }
 
@@ -180,20 +180,17 @@ impl Write {
     }
 }
 
-/// The listings that are being written, each with the turn of its writers.
-type Turns = Rc<RefCell<HashMap<i32, Arc<Mutex<()>>>>>;
-
 /// The turn of a writer, or its place among those who wait for theirs. The last one removes the listing.
-struct Turn {
-    turns: Turns,
+struct Turn<'a> {
+    commits: &'a Commits,
     listing: i32,
     held: Option<OwnedMutexGuard<()>>,
 }
 
-impl Drop for Turn {
+impl Drop for Turn<'_> {
     fn drop(&mut self) {
         self.held = None;
-        let mut turns = self.turns.borrow_mut();
+        let mut turns = self.commits.turns.borrow_mut();
         if turns
             .get(&self.listing)
             .is_some_and(|turn| Arc::strong_count(turn) == 1)

@@ -42,7 +42,7 @@ impl<Q, A> Gathering<Q, A> {
         }
     }
 
-    /// Goes `alone`, or with others, whom somebody has to [`serve`](Self::serve).
+    /// Goes `alone`, which has the place to give back, or with others, whom somebody has to [`serve`](Self::serve).
     pub async fn join<'a>(
         &'a self,
         question: Q,

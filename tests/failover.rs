@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use tokio_postgres::Client;
 
 use crate::harness::{Cluster, alter_system, rows, run, value};
+use crate::load::insert;
 use crate::outage::{Link, TWO_SECONDS, over, refused, service, under_load, within};
 use crate::service::{JSON, LOFT, Service};
 
@@ -145,9 +146,7 @@ async fn what_waits_for_a_connection_goes_to_the_promoted_standby() {
     // No connection for lists and writes has been made yet.
     link.cut(true);
     let (mut write, mut read) = (service.connect(), service.connect());
-    let head = "POST /listings HTTP/1.1\r\nhost: x\r\n";
-    let length = LOFT.len();
-    write.write(format!("{head}{JSON}content-length: {length}\r\n\r\n{LOFT}").as_bytes());
+    write.write(insert("Loft", JSON).as_bytes());
     read.write(b"GET /listings/1 HTTP/1.1\r\nhost: x\r\n\r\n");
     // The one worker answers this behind what was sent before.
     service.get("/listings/none");

@@ -318,7 +318,7 @@ fn with_body(method: &str, path: &str, headers: &str, body: &str) -> String {
     )
 }
 
-fn insert(name: &str, headers: &str) -> String {
+pub fn insert(name: &str, headers: &str) -> String {
     with_body("POST", "/listings", headers, &LOFT.replace("Loft", name))
 }
 
@@ -367,7 +367,7 @@ async fn inserts_that_arrive_together_share_a_commit_and_each_gets_its_own_listi
     assert_no_problem(&service.db.superuser).await;
 }
 
-/// As many listings as there are names, all with the same price and none logged.
+/// As many listings as there are names, all with the same price, by one statement.
 async fn listings(service: &Service) {
     let listings = format!(
         "insert into listing (price, {OTHER_COLUMNS}) select 1, {OTHER_VALUES} from generate_series(1, {})",
@@ -405,9 +405,12 @@ async fn updates_that_arrive_together_share_a_commit_and_each_gets_its_own_answe
     let responses: Vec<_> = clients
         .iter_mut()
         .zip(&requests)
-        .map(|(client, request)| match request.strip_prefix("POST") {
-            Some(_) => client.receive("POST", "/listings"),
-            None => client.receive("PATCH", "/listings/1"),
+        .map(|(client, request)| {
+            if request.starts_with("POST") {
+                client.receive("POST", "/listings")
+            } else {
+                client.receive("PATCH", "/listings/1")
+            }
         })
         .collect();
     let statuses: Vec<_> = responses.iter().map(|response| response.status).collect();
