@@ -75,10 +75,7 @@ pub fn stop(cluster: &Cluster) {
 
 #[test]
 fn a_database_url_is_used_instead() {
-    let folder = tempfile::tempdir().expect("a folder");
-    fs::create_dir(folder.path().join("tests")).expect("a folder");
-    let script = in_checkout("tests/db.sh");
-    fs::copy(script, folder.path().join("tests/db.sh")).expect("a copy");
+    let folder = Cluster::folder();
     let mut up = Cluster::script(folder.path(), "up");
     up.env("DATABASE_URL", "postgres://me@elsewhere/mine");
     assert_eq!(succeed(up, ""), "postgres://me@elsewhere/mine\n");
@@ -140,13 +137,7 @@ fn a_server_that_does_not_start_shows_its_last_words() {
 
 #[test]
 fn two_calls_at_once_make_one_cluster() {
-    let folder = tempfile::tempdir().expect("a folder");
-    fs::create_dir(folder.path().join("tests")).expect("a folder");
-    fs::copy(
-        in_checkout("tests/db.sh"),
-        folder.path().join("tests/db.sh"),
-    )
-    .expect("a copy");
+    let folder = Cluster::folder();
     let calls = [(); 3].map(|()| {
         let up = Cluster::script(folder.path(), "up");
         std::thread::spawn(move || succeed(up, ""))

@@ -3,7 +3,7 @@
 
 use std::env;
 use std::fs::Permissions;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -145,12 +145,9 @@ impl Cluster {
     }
 
     fn make(arguments: &[&str]) -> Self {
-        let folder = TempDir::new().expect("a folder");
+        let folder = Self::folder();
         let private = Permissions::from_mode(0o700);
         std::fs::set_permissions(folder.path(), private).expect("a private folder");
-        std::fs::create_dir(folder.path().join("tests")).expect("a folder");
-        let script = folder.path().join("tests/db.sh");
-        std::fs::copy(in_checkout("tests/db.sh"), script).expect("a copy");
         let mut command = Self::script(folder.path(), arguments[0]);
         command.args(&arguments[1..]);
         let url = succeed(command, "").trim_end().to_owned();
@@ -159,6 +156,16 @@ impl Cluster {
             folder,
             url,
         }
+    }
+
+    /// A folder for a cluster, with the script. Not a copy of it: while that is written, whatever another thread starts holds
+    /// it open too, and what is open for writing cannot be run.
+    pub fn folder() -> TempDir {
+        let folder = TempDir::new().expect("a folder");
+        std::fs::create_dir(folder.path().join("tests")).expect("a folder");
+        let script = folder.path().join("tests/db.sh");
+        symlink(in_checkout("tests/db.sh"), script).expect("a link");
+        folder
     }
 
     /// The command that calls the script of a cluster in a folder.
@@ -171,6 +178,17 @@ impl Cluster {
     /// Calls its script: `up`, `stop`, `promote`.
     pub fn call(&self, argument: &str) {
         succeed(Self::script(self.folder.path(), argument), "");
+    }
+
+    /// Sets what `alter system` can set. With a restart, because each process of one that runs heeds it in its own time.
+    pub async fn restart_with(&self, setting: &str) {
+        run(
+            &self.superuser().await,
+            &format!("alter system set {setting}"),
+        )
+        .await;
+        self.call("stop");
+        self.call("up");
     }
 
     /// Ends all its processes at once.
@@ -248,12 +266,6 @@ pub async fn run(client: &Client, sql: &str) {
     if let Err(error) = client.batch_execute(sql).await {
         panic!("{error:?}\nin: {sql}");
     }
-}
-
-/// Changes a setting of the server, as `alter system` has it, for everybody.
-pub async fn alter_system(client: &Client, change: &str) {
-    run(client, &format!("alter system {change}")).await;
-    run(client, "select pg_reload_conf()").await;
 }
 
 /// Runs statements that must be refused, and returns the code and the message of the refusal.
