@@ -576,8 +576,8 @@ async fn inserts_that_wait_too_long_for_their_turn_get_503_and_are_not_done() {
 
 #[tokio::test]
 async fn inserts_under_way_may_take_longer_than_anybody_waits_for_a_turn() {
-    let service = one_worker(&[("POOL_WAIT_MS", "100"), ("STATEMENT_TIMEOUT_MS", "15000")]).await;
-    slow(&service, "f", 0.3).await;
+    let service = one_worker(&[("POOL_WAIT_MS", "500"), ("STATEMENT_TIMEOUT_MS", "15000")]).await;
+    slow(&service, "f", 1.2).await;
     let mut clients = inserts_together(&service, &NAMES);
     service.signal("-CONT");
     for client in &mut clients {

@@ -238,9 +238,9 @@ async fn more_requests_than_can_wait_are_refused_at_once_and_it_recovers_at_once
     assert!((680..=750).contains(&refused.len()), "{}", refused.len());
     let retry = |reply: &&Reply| reply.header("retry-after") == Some("1");
     assert!(refused.iter().all(retry));
-    // Two seconds for a connection, or five for the statement.
+    // Two seconds to go with others, as long for a connection, and once more where those were refused; five for the statement.
     let longest = replies.iter().map(|reply| reply.took).max();
-    assert!(longest < Some(Duration::from_secs(7)), "{longest:?}");
+    assert!(longest < Some(Duration::from_secs(12)), "{longest:?}");
     let slow = refused
         .iter()
         .filter(|reply| reply.took > Duration::from_secs(1))
