@@ -168,7 +168,7 @@ impl Database {
     }
 
     /// Runs statements on a connection of their own, and gives the connection back before it returns. What has not been done
-    /// for want of a connection is tried once more: a write only if the server said so itself.
+    /// for want of a connection is tried once more: a write that was sent only if the server said so itself.
     async fn run(
         &self,
         statements: &[(&str, Parameters<'_>)],
@@ -224,16 +224,8 @@ impl Database {
                 }
                 Err(error) => return Err(error.into()),
             };
-            let mut open = false;
-            let answer = async {
-                match statements {
-                    [(sql, parameters)] => {
-                        let statement = client.prepare_cached(sql).await?;
-                        Ok(vec![client.query(&statement, parameters).await?])
-                    }
-                    _ => in_one_transaction(client, &self.begin, statements, &mut open).await,
-                }
-            };
+            let mut progress = Progress::default();
+            let answer = execute(client, &self.begin, statements, &mut progress);
             // Of many statements, each may take a while.
             let limits = if statements.len() > 1 { 2 } else { 1 };
             let error = match self.within_limits(limits, answer).await? {
@@ -248,14 +240,14 @@ impl Database {
             if lost {
                 server.doubt();
                 lost_at = Some(Instant::now());
-            } else if !open {
+            } else if !progress.transaction_open {
                 busy.give_back();
             }
             let stale = statement_is_stale(&error);
             if stale {
                 self.pool.manager().statement_caches.clear();
             }
-            let not_done = stale || lost && (is_refusal(&error) || !writes);
+            let not_done = stale || lost && (is_refusal(&error) || !writes || !progress.sent);
             if retried || !not_done {
                 return Err(error.into());
             }
@@ -325,24 +317,42 @@ impl Database {
     }
 }
 
-/// The connection is of no further use where the transaction stays `open`.
-async fn in_one_transaction(
+/// How far it came, also where it failed.
+#[derive(Default)]
+struct Progress {
+    /// The connection is of no further use.
+    transaction_open: bool,
+    /// What was not sent has not been done.
+    sent: bool,
+}
+
+/// Runs one statement, or several in a transaction.
+async fn execute(
     client: &deadpool_postgres::Client,
     begin: &str,
     statements: &[(&str, Parameters<'_>)],
-    open: &mut bool,
+    progress: &mut Progress,
 ) -> Result<Vec<Vec<Row>>, tokio_postgres::Error> {
-    *open = true;
-    client.batch_execute(begin).await?;
-    let mut queries = Vec::with_capacity(statements.len());
-    for (sql, parameters) in statements {
-        // The first time, this waits for locks as well.
-        let statement = client.prepare_cached(sql).await?;
-        queries.push(async move { client.query(&statement, parameters).await });
+    let several = statements.len() > 1;
+    if several {
+        progress.transaction_open = true;
+        client.batch_execute(begin).await?;
     }
+    let mut prepared = Vec::with_capacity(statements.len());
+    for (sql, _) in statements {
+        // The first time, this waits for locks as well.
+        prepared.push(client.prepare_cached(sql).await?);
+    }
+    progress.sent = true;
     // Each is sent when it is first asked for its answer, in this order, and all have to be asked until the last has come.
-    let (rows, committed) = futures_util::join!(join_all(queries), client.batch_execute("commit"));
-    *open = committed.is_err();
+    let queries = prepared.iter().zip(statements);
+    let queries =
+        join_all(queries.map(|(statement, (_, parameters))| client.query(statement, parameters)));
+    if !several {
+        return queries.await.into_iter().collect();
+    }
+    let (rows, committed) = futures_util::join!(queries, client.batch_execute("commit"));
+    progress.transaction_open = committed.is_err();
     let rows = rows.into_iter().collect::<Result<_, _>>()?;
     committed?;
     Ok(rows)

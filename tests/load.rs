@@ -8,9 +8,11 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use tokio::runtime::Handle;
 
-use crate::harness::{Database, OTHER_COLUMNS, OTHER_VALUES, assert_no_problem, rows, run, value};
+use crate::harness::{
+    Cluster, Database, OTHER_COLUMNS, OTHER_VALUES, assert_no_problem, rows, run, value,
+};
 use crate::keys::bearer;
-use crate::outage::{TWO_SECONDS, within};
+use crate::outage::{Link, TWO_SECONDS, over, service, within};
 use crate::owners::{administrators_key, key_of};
 use crate::service::{Connection, JSON, LOFT, Service};
 use crate::start::{WAITING, wait_for};
@@ -635,6 +637,45 @@ async fn inserts_that_go_together_may_be_long() {
             client.receive("POST", "/listings").id();
         }
     }
+}
+
+#[tokio::test]
+async fn inserts_whose_transaction_did_not_begin_are_done_on_another_connection() {
+    let cluster = Cluster::migrated();
+    let link = Link::to(&cluster);
+    let settings = [("WORKERS", "1"), ("POOL_WAIT_MS", "20000")];
+    let service = service(&over(&cluster, &[&link.address]), &settings).await;
+    let superuser = cluster.superuser().await;
+    let all_of_three_connections_are_in_use = || {
+        let metrics = service.admin("/metrics");
+        let gauges = [
+            "size{part=\"primary\"} 3\n",
+            "available{part=\"primary\"} 0\n",
+        ];
+        gauges.iter().all(|gauge| metrics.text().contains(gauge))
+    };
+
+    run(&superuser, "begin; lock table listing").await;
+    let mut clients = inserts_together(&service, &NAMES[..3]);
+    service.signal("-CONT");
+    within(TWO_SECONDS, "a wait", all_of_three_connections_are_in_use);
+    run(&superuser, "commit").await;
+    for client in &mut clients {
+        client.receive("POST", "/listings").id();
+    }
+
+    let mut clients = inserts_together(&service, &NAMES);
+    link.cut(true);
+    service.signal("-CONT");
+    within(TWO_SECONDS, "a wait", all_of_three_connections_are_in_use);
+    link.hang_up();
+    link.cut(false);
+    let statuses: Vec<_> = clients
+        .iter_mut()
+        .map(|client| client.receive("POST", "/listings").status)
+        .collect();
+    // The first two were sent, so nobody here knows whether they have been done.
+    assert_eq!(statuses, [503, 503, 201, 201, 201, 201, 201, 201]);
 }
 
 #[tokio::test]
