@@ -1,5 +1,5 @@
 -- The requests of one row of the table, for wrk, and what became of them: requests a second, median and 99th percentile in
--- microseconds, answers with an error, requests without an answer.
+-- microseconds, answers with an error, answers, requests without one.
 
 local body = '{"name": "Loft", "postal_address": {"street_address": "1 rue Oberkampf", "postal_code": "75011", "city": "Paris", '
     .. '"country": "FR"}, "description": "' .. string.rep("Nice. ", 40) .. '", "building_type": "HOUSE", '
@@ -46,6 +46,7 @@ end
 
 function done(summary, latency)
     local errors = summary.errors
-    print(("result %d %d %d %d %d"):format(summary.requests / summary.duration * 1e6, latency:percentile(50),
-        latency:percentile(99), errors.status, errors.connect + errors.read + errors.write + errors.timeout))
+    print(("result %d %d %d %d %d %d"):format(summary.requests / summary.duration * 1e6, latency:percentile(50),
+        latency:percentile(99), errors.status, summary.requests,
+        errors.connect + errors.read + errors.write + errors.timeout))
 end

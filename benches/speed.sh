@@ -135,7 +135,7 @@ one() {
         wrk --threads=$threads --connections="$2" --duration="${seconds}s" --script=benches/speed.lua $api -- "$1" \
             > "$scratch/wrk"
         : > "$scratch/log"
-        awk -v kind="$1" '$1 == "result" && $6 == 0 && ($5 == 0 || kind == "unknown") { print $2, $3, $4 }' "$scratch/wrk" |
+        awk -v kind="$1" '$1 == "result" && $5 == (kind == "unknown" ? $6 : 0) && $7 == 0 { print $2, $3, $4 }' "$scratch/wrk" |
             grep . ||
             { say 'not every request was answered as it should be'; cat "$scratch/wrk" >&2; exit 1; }
     fi
@@ -205,6 +205,8 @@ column() { awk "{ print $1 }" "$scratch/rounds" | median; }
 {
     echo
     echo "The list of all listings: $(column '$2' | cut -c1-5) MB/s, \`copy\` by psql $(column '$1' | cut -c1-5) MB/s, ratio $(column '$3' | cut -c1-4)."
-    echo "Memory at the end: $(ps -o rss= -p $service | awk '{ printf "%.0f", $1 / 1024 }') MB. Start to first answer: $start ms." \
+    # The most that it ever was is known to Linux alone.
+    most=$(awk '/^VmHWM/ { printf ", %.0f MB at most", $2 / 1024 }' "/proc/$service/status" 2>/dev/null || true)
+    echo "Memory at the end: $(ps -o rss= -p $service | awk '{ printf "%.0f", $1 / 1024 }') MB$most. Start to first answer: $start ms." \
         "Binary: $(wc -c < target/release/listing-api | awk '{ printf "%.1f", $1 / 1048576 }') MB."
 } | tee -a $result
