@@ -126,7 +126,7 @@ impl Database {
     }
 
     /// Waits for a connection that is ready for use no longer than making one may take.
-    pub async fn connected_within_limit<T>(
+    async fn connected_within_limit<T>(
         &self,
         connecting: impl Future<Output = Result<T, ApiError>>,
     ) -> Result<T, ApiError> {

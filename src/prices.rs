@@ -175,14 +175,15 @@ pub async fn list(
         return Ok(response.body(pages::array(&prices, write)?));
     }
     // From the server whose count the client was told.
+    let primary = reader.primary().clone();
     let read = async move |row: Option<&Row>| {
         let after = row.map_or(Ok(wanted.after), |row| row.try_get("id"))?;
         let values: database::Parameters =
             &[&id, &after, &wanted.from, &wanted.to, &last, &pages::PAGE];
         match source.database.read(SELECT_PAGE, values).await {
             // The primary has all that a replica has.
-            Err(error) if error.is_of_this_server() => {
-                reader.primary().database.read(SELECT_PAGE, values).await
+            Err(error) if error.is_of_this_server() && !Rc::ptr_eq(&source, &primary) => {
+                primary.database.read(SELECT_PAGE, values).await
             }
             page => page,
         }

@@ -88,7 +88,7 @@ impl Reader {
         question(self.primary.clone()).await
     }
 
-    pub fn primary(&self) -> &Source {
+    pub fn primary(&self) -> &Rc<Source> {
         &self.primary
     }
 }
@@ -182,7 +182,6 @@ impl<I: Id> Lane<I> {
             let session = match self.session().await {
                 Ok(session) => session,
                 Err(error) if error.is_unavailable() && !retried => {
-                    self.database.server().doubt();
                     retried = true;
                     continue;
                 }
@@ -225,17 +224,24 @@ impl<I: Id> Lane<I> {
         if let Some(session) = session.filter(|session| !session.client.is_closed()) {
             return Ok(session);
         }
-        let connecting = async {
-            let (server, _) = self.database.available().await?;
+        let (server, _) = self.database.available().await?;
+        let made = async {
             let client = self.database.connect(server.clone()).await?;
-            let statement = client.prepare(self.sql).await?;
-            Ok(Session {
-                server,
-                client,
-                statement,
-            })
+            // This waits for locks.
+            let prepared = self.database.within_limit(client.prepare(self.sql));
+            let statement = prepared.await??;
+            Ok((client, statement))
         };
-        let session = Rc::new(self.database.connected_within_limit(connecting).await?);
+        let made: Result<_, ApiError> = made.await;
+        if made.as_ref().is_err_and(ApiError::is_unavailable) {
+            server.doubt();
+        }
+        let (client, statement) = made?;
+        let session = Rc::new(Session {
+            server,
+            client,
+            statement,
+        });
         self.session.replace(Some(session.clone()));
         Ok(session)
     }

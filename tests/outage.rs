@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use crate::harness::{Cluster, Database, run, value};
+use crate::keys::bearer;
+use crate::owners::key_of;
 use crate::service::{JSON, LOFT, Service};
 
 /// A way to a server that can be cut: nothing gets through, and nobody is told.
@@ -331,6 +333,24 @@ async fn a_write_whose_answer_got_lost_is_not_repeated() {
     assert_eq!(reply.expect("an answer").status, 503);
     let superuser = cluster.superuser().await;
     assert_eq!(value(&superuser, "select count(*) from listing").await, "1");
+}
+
+#[tokio::test]
+async fn writes_that_a_read_only_database_gets_are_no_reason_to_ask_whether_it_is_there() {
+    let cluster = Cluster::migrated();
+    let headers = bearer(&key_of(&cluster.superuser().await, "a").await);
+    cluster
+        .restart_with("default_transaction_read_only = on")
+        .await;
+    let link = Link::to(&cluster);
+    let url = over(&cluster, &[&link.address]);
+    let service = service(&url, &[("AUTH", "keys")]).await;
+    let before = link.connections();
+    for _ in 0..20 {
+        let refused = service.send("POST", "/listings", &headers, LOFT);
+        assert_eq!(refused.status, 503);
+    }
+    assert_eq!(link.connections(), before);
 }
 
 #[tokio::test]

@@ -56,7 +56,7 @@ fn a_bad_setting_is_named_with_its_value_and_what_would_be_right() {
         (
             "POOL_SIZE",
             "many",
-            "POOL_SIZE=many is wrong: it has to be a whole number from 1 to 10000, such as 16",
+            "POOL_SIZE=many is wrong: it has to be a whole number from 1 to 10000, such as ",
         ),
         (
             "POOL_WAIT_MS",
@@ -538,6 +538,17 @@ async fn a_statement_that_takes_too_long_gets_504_and_leaves_nothing_behind() {
     for _ in 0..4 {
         assert_eq!(service.send("PUT", "/listings/1", JSON, LOFT).status, 200);
     }
+}
+
+#[tokio::test]
+async fn also_the_first_read_of_a_locked_table_gets_504() {
+    let settings = [
+        ("CONNECT_TIMEOUT_MS", "1000"),
+        ("STATEMENT_TIMEOUT_MS", "1500"),
+    ];
+    let service = Service::start_with(Database::migrated().await, &settings).await;
+    run(&service.db.superuser, "begin; lock table listing").await;
+    assert_eq!(service.get("/listings/1").status, 504);
 }
 
 #[tokio::test]
