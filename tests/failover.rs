@@ -21,19 +21,20 @@ pub async fn pair() -> (Cluster, Cluster) {
 /// From now on a commit waits for a standby. Waits for the one there is.
 pub async fn insist_on_a_standby(primary: &Cluster) {
     let superuser = primary.superuser().await;
-    let names = value(&superuser, "show synchronous_standby_names").await;
-    if names.is_empty() {
-        primary
-            .restart_with("synchronous_standby_names = '*'")
-            .await;
-    }
-    let superuser = primary.superuser().await;
+    run(
+        &superuser,
+        "alter system set synchronous_standby_names = '*'",
+    )
+    .await;
+    run(&superuser, "select pg_reload_conf()").await;
     let synchronous = "select count(*) from pg_stat_replication where sync_state = 'sync'";
     let begun = Instant::now();
     while value(&superuser, synchronous).await != "1" {
         assert!(begun.elapsed() < Duration::from_secs(20), "no standby");
         thread::sleep(Duration::from_millis(10));
     }
+    // Who does this makes commits wait, and has heeded the setting before.
+    run(&superuser, "checkpoint").await;
 }
 
 /// Lets the first listing arrive at a replica, and no more. A session there.
