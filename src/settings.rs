@@ -58,9 +58,10 @@ LISTEN_ADDR           address of the API                               127.0.0.1
 ADMIN_ADDR            address of /health and /metrics                  127.0.0.1:8081
 AUTH                  who may write: keys, those who have one, or off,
                       anybody; needed beyond loopback                  off
-WORKERS               threads that serve requests                      one for each core
+WORKERS               threads that serve requests                      one for each core,
+                                                                       8 at most
 POOL_SIZE             database connections for writes and lists, shared
-                      out among the workers, a quarter for lists       16
+                      out among the workers, a quarter for lists       16, or 4 for each worker
 POOL_WAIT_MS          how long a request waits for one of them,
                       or to write with others                          2000
 QUEUE_SIZE            requests that may wait on each worker: for listings,
@@ -76,6 +77,9 @@ RUST_LOG              what is logged, as env_logger reads it           info";
 impl Settings {
     pub fn from_env() -> Result<Self, String> {
         let listen = setting("LISTEN_ADDR", "127.0.0.1:8080", "an address and a port")?;
+        // With no more, an instance is content with the 100 connections that PostgreSQL has by default.
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let workers = at_least_one("WORKERS", cores.min(8))?;
         Ok(Self {
             database: database("DATABASE_URL")?,
             replicas: match env::var_os("DATABASE_READ_URL") {
@@ -89,11 +93,9 @@ impl Settings {
             listen,
             admin: setting("ADMIN_ADDR", "127.0.0.1:8081", "an address and a port")?,
             auth: auth(listen)?,
-            workers: at_least_one(
-                "WORKERS",
-                std::thread::available_parallelism().map_or(1, usize::from),
-            )?,
-            pool_size: at_least_one("POOL_SIZE", 16)?,
+            workers,
+            // So that none has all of its connections taken by one locked listing and one long list.
+            pool_size: at_least_one("POOL_SIZE", 16.max(4 * workers))?,
             pool_wait: milliseconds("POOL_WAIT_MS", 2_000)?,
             queue_size: at_least_one("QUEUE_SIZE", 5_000)?,
             connect_timeout: milliseconds("CONNECT_TIMEOUT_MS", 3_000)?,

@@ -182,37 +182,40 @@ fn crowd(service: &Service, size: usize, path: impl Fn(usize) -> String) -> Vec<
 #[tokio::test]
 async fn a_locked_listing_delays_its_own_writers_alone() {
     // Fewer places than writers of the one listing.
-    let settings = [("POOL_SIZE", "4"), ("WORKERS", "2"), ("QUEUE_SIZE", "10")];
-    let service = Service::start_with(Database::migrated().await, &settings).await;
-    service.post(LOFT);
-    service.post(LOFT);
-    run(
-        &service.db.superuser,
-        "begin; update listing set price = 1 where id = 1",
-    )
-    .await;
-    let delayed = crowd(&service, 40, |_| "/listings/1".to_owned());
-    let few = format!("select ({WAITING}) between 1 and 2");
-    wait_for(&service, &few, "t").await;
-    for _ in 0..50 {
-        for (method, path) in [
-            ("PATCH", "/listings/2"),
-            ("GET", "/listings/1"),
-            ("GET", "/listings?limit=1"),
-        ] {
-            let reply = ask(&service.address, method, path, JSON, "{}").expect("an answer");
-            assert_eq!(reply.status, 200);
-            assert!(reply.took < Duration::from_secs(1), "{reply:?}");
+    let few = [("WORKERS", "2"), ("POOL_SIZE", "4"), ("QUEUE_SIZE", "10")];
+    let many = [("WORKERS", "16")];
+    for settings in [&few[..], &many] {
+        let service = Service::start_with(Database::migrated().await, settings).await;
+        service.post(LOFT);
+        service.post(LOFT);
+        run(
+            &service.db.superuser,
+            "begin; update listing set price = 1 where id = 1",
+        )
+        .await;
+        let delayed = crowd(&service, 40, |_| "/listings/1".to_owned());
+        // One on each worker. The others wait for their turn without a connection.
+        let one_each = format!("select ({WAITING}) between 1 and {}", settings[0].1);
+        wait_for(&service, &one_each, "t").await;
+        for _ in 0..50 {
+            for (method, path) in [
+                ("PATCH", "/listings/2"),
+                ("GET", "/listings/1"),
+                ("GET", "/listings?limit=1"),
+            ] {
+                let reply = ask(&service.address, method, path, JSON, "{}").expect("an answer");
+                assert_eq!(reply.status, 200);
+                assert!(reply.took < Duration::from_secs(1), "{reply:?}");
+            }
         }
+        assert_eq!(value(&service.db.connect().await, &one_each).await, "t");
+        run(&service.db.superuser, "rollback").await;
+        for delayed in delayed {
+            let reply = delayed.join().expect("a reply");
+            assert!([200, 503].contains(&reply.status), "{reply:?}");
+        }
+        assert_eq!(service.send("PATCH", "/listings/1", JSON, "{}").status, 200);
     }
-    // One on each worker. The others wait for their turn without a connection.
-    assert_eq!(value(&service.db.connect().await, &few).await, "t");
-    run(&service.db.superuser, "rollback").await;
-    for delayed in delayed {
-        let reply = delayed.join().expect("a reply");
-        assert!([200, 503].contains(&reply.status), "{reply:?}");
-    }
-    assert_eq!(service.send("PATCH", "/listings/1", JSON, "{}").status, 200);
 }
 
 #[tokio::test]
