@@ -120,7 +120,10 @@ impl Database {
         let connecting = server.clone().connect(self.way.clone());
         let connected = self.connected_within_limit(async {
             let connected = server.unless_left(&self.way, connecting).await?;
-            connected.map_err(|error| ApiError::no_connection(&error))
+            connected.map_err(|error| {
+                server.doubt_if_lost(&error);
+                ApiError::no_connection(&error)
+            })
         });
         Ok(connected.await?.0)
     }

@@ -225,18 +225,11 @@ impl<I: Id> Lane<I> {
             return Ok(session);
         }
         let (server, _) = self.database.available().await?;
-        let made = async {
-            let client = self.database.connect(server.clone()).await?;
-            // This waits for locks.
-            let prepared = self.database.within_limit(client.prepare(self.sql));
-            let statement = prepared.await??;
-            Ok((client, statement))
-        };
-        let made: Result<_, ApiError> = made.await;
-        if made.as_ref().is_err_and(ApiError::is_unavailable) {
-            server.doubt();
-        }
-        let (client, statement) = made?;
+        let client = self.database.connect(server.clone()).await?;
+        // This waits for locks.
+        let prepared = self.database.within_limit(client.prepare(self.sql));
+        let prepared = prepared.await?;
+        let statement = prepared.inspect_err(|error| server.doubt_if_lost(error))?;
         let session = Rc::new(Session {
             server,
             client,

@@ -464,6 +464,12 @@ impl Server {
         }
     }
 
+    pub fn doubt_if_lost(&self, error: &tokio_postgres::Error) {
+        if connection_is_lost(error) {
+            self.doubt();
+        }
+    }
+
     /// Waits for something of it for as long as it is not left.
     pub async fn unless_left<T>(
         &self,

@@ -62,8 +62,8 @@ WORKERS               threads that serve requests                      one for e
                                                                        8 at most
 POOL_SIZE             database connections for writes and lists, shared
                       out among the workers, a quarter for lists       16, or 4 for each worker
-POOL_WAIT_MS          how long a request waits for one of them,
-                      or to write with others                          2000
+POOL_WAIT_MS          how long a request waits at a time: for one of
+                      them, to write with others, or behind them       2000
 QUEUE_SIZE            requests that may wait on each worker: for listings,
                       for prices, to write with others, for keys, and
                       for a connection                                 5000
@@ -95,7 +95,7 @@ impl Settings {
             auth: auth(listen)?,
             workers,
             // So that none has all of its connections taken by one locked listing and one long list.
-            pool_size: at_least_one("POOL_SIZE", 16.max(4 * workers))?,
+            pool_size: at_least_one("POOL_SIZE", (4 * workers).clamp(16, 10_000))?,
             pool_wait: milliseconds("POOL_WAIT_MS", 2_000)?,
             queue_size: at_least_one("QUEUE_SIZE", 5_000)?,
             connect_timeout: milliseconds("CONNECT_TIMEOUT_MS", 3_000)?,

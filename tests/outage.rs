@@ -354,6 +354,22 @@ async fn writes_that_a_read_only_database_gets_are_no_reason_to_ask_whether_it_i
 }
 
 #[tokio::test]
+async fn a_database_that_has_no_connection_left_is_no_reason_either() {
+    let cluster = Cluster::migrated();
+    let superuser = cluster.superuser().await;
+    let role = "create role few login password 'few' in role listing_api";
+    run(&superuser, role).await;
+    let link = Link::to(&cluster);
+    let url = format!("postgres://few:few@{}/listing", link.address);
+    let service = service(&url, &[]).await;
+    run(&superuser, "alter role few connection limit 0").await;
+    let before = link.connections();
+    assert_eq!(service.get("/listings/1").status, 503);
+    let tries = 2;
+    assert_eq!(link.connections() - before, tries);
+}
+
+#[tokio::test]
 async fn a_database_that_is_down_is_not_crowded_by_those_who_wait_for_it() {
     let cluster = Cluster::migrated();
     let link = Link::to(&cluster);

@@ -184,8 +184,10 @@ async fn a_locked_listing_delays_its_own_writers_alone() {
     // Fewer places than writers of the one listing.
     let few = [("WORKERS", "2"), ("POOL_SIZE", "4"), ("QUEUE_SIZE", "10")];
     let many = [("WORKERS", "16")];
+    let long = [("STATEMENT_TIMEOUT_MS", "30000")];
     for settings in [&few[..], &many] {
-        let service = Service::start_with(Database::migrated().await, settings).await;
+        let all = [settings, &long].concat();
+        let service = Service::start_with(Database::migrated().await, &all).await;
         service.post(LOFT);
         service.post(LOFT);
         run(
