@@ -267,13 +267,21 @@ impl Database {
             )
         };
         self.available().await.map_err(unreachable)?;
-        let client = self.pool.get().await;
-        let client = client.map_err(|error| unreachable(error.into()))?;
         let sql = "select version, name, checksum from refinery_schema_history order by version";
-        let rows = self
-            .within_limit(client.query(sql, &[]))
-            .await
-            .map_err(|error| error.to_string())?;
+        let mut retried = false;
+        let rows = loop {
+            let client = self.pool.get().await;
+            let client = client.map_err(|error| unreachable(error.into()))?;
+            let rows = self.within_limit(client.query(sql, &[])).await;
+            match rows.map_err(|error| error.to_string())? {
+                // Of a session that somebody has ended since.
+                Err(error) if connection_is_lost(&error) && !retried => {
+                    drop(Object::take(client));
+                    retried = true;
+                }
+                rows => break rows,
+            }
+        };
         let migrate = "run: refinery migrate -e DATABASE_URL -p sql -g -d -m";
         let applied = match rows {
             Ok(rows) => rows,

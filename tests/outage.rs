@@ -313,7 +313,7 @@ async fn a_write_whose_answer_got_lost_is_not_repeated() {
     let cluster = Cluster::migrated();
     // The write is done, but its answer waits for a standby that is nowhere.
     cluster
-        .restart_with("synchronous_standby_names = 'nobody'")
+        .restart_with("set synchronous_standby_names = 'nobody'")
         .await;
     let service = service(&cluster.url, &[("POOL_WAIT_MS", "20000")]).await;
     let superuser = cluster.superuser().await;
@@ -340,7 +340,7 @@ async fn writes_that_a_read_only_database_gets_are_no_reason_to_ask_whether_it_i
     let cluster = Cluster::migrated();
     let headers = bearer(&key_of(&cluster.superuser().await, "a").await);
     cluster
-        .restart_with("default_transaction_read_only = on")
+        .restart_with("set default_transaction_read_only = on")
         .await;
     let link = Link::to(&cluster);
     let url = over(&cluster, &[&link.address]);
@@ -464,6 +464,8 @@ async fn sessions_that_are_ended_or_emptied_cost_no_error() {
     let superuser = service.db.connect().await;
     let all_is_well = |what: &str| {
         for _ in 0..20 {
+            let ready = service.admin("/health/ready");
+            assert_eq!(ready.status, 200, "{what}: {}", ready.text());
             for path in [
                 "/listings/1",
                 "/listings/1/prices",
