@@ -198,9 +198,7 @@ impl<I: Id> Lane<I> {
                 }
                 Ok(Err(error)) if connection_is_lost(&error) || statement_is_stale(&error) => {
                     self.session.take();
-                    if !statement_is_stale(&error) {
-                        session.server.doubt();
-                    }
+                    session.server.doubt_if_lost(&error);
                     if retried {
                         return Err(error.into());
                     }

@@ -89,7 +89,7 @@ create() {
 			listen_addresses = '127.0.0.1'
 			unix_socket_directories = ''
 			wal_level = logical
-			max_connections = 300
+			max_connections = 300  # as many tests at once as there are cores
 		END
         echo 'create database listing' | as_server "$server/postgres" --single -D "$reach/data" \
             -c log_checkpoints=off postgres >/dev/null

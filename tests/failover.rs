@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use tokio_postgres::Client;
 
-use crate::harness::{Cluster, rows, run, value};
+use crate::harness::{Cluster, alter_system, rows, run, value};
 use crate::load::insert;
 use crate::outage::{Link, TWO_SECONDS, over, refused, service, under_load, within};
 use crate::service::{JSON, LOFT, Service};
@@ -21,12 +21,7 @@ pub async fn pair() -> (Cluster, Cluster) {
 /// From now on a commit waits for a standby. Waits for the one there is.
 pub async fn insist_on_a_standby(primary: &Cluster) {
     let superuser = primary.superuser().await;
-    run(
-        &superuser,
-        "alter system set synchronous_standby_names = '*'",
-    )
-    .await;
-    run(&superuser, "select pg_reload_conf()").await;
+    alter_system(&superuser, "set synchronous_standby_names = '*'").await;
     let synchronous = "select count(*) from pg_stat_replication where sync_state = 'sync'";
     let begun = Instant::now();
     while value(&superuser, synchronous).await != "1" {
@@ -174,12 +169,7 @@ async fn a_server_that_became_read_only_is_left() {
     assert_eq!(service.post(LOFT).status, 201);
     assert_eq!(service.get("/listings/1").status, 200);
     let superuser = primary.superuser().await;
-    run(
-        &superuser,
-        "alter system set default_transaction_read_only = on",
-    )
-    .await;
-    run(&superuser, "select pg_reload_conf()").await;
+    alter_system(&superuser, "set default_transaction_read_only = on").await;
     within(TWO_SECONDS, "a refusal", || {
         service.send("PATCH", "/listings/1", JSON, "{}").status == 503
     });

@@ -180,13 +180,9 @@ impl Cluster {
         succeed(Self::script(self.folder.path(), argument), "");
     }
 
-    /// Sets what `alter system` can set. With a restart, because each process of one that runs heeds it in its own time.
-    pub async fn restart_with(&self, setting: &str) {
-        run(
-            &self.superuser().await,
-            &format!("alter system set {setting}"),
-        )
-        .await;
+    /// Changes a setting, and restarts it, because each process of one that runs heeds the change in its own time.
+    pub async fn restart_with(&self, change: &str) {
+        alter_system(&self.superuser().await, change).await;
         self.call("stop");
         self.call("up");
     }
@@ -266,6 +262,12 @@ pub async fn run(client: &Client, sql: &str) {
     if let Err(error) = client.batch_execute(sql).await {
         panic!("{error:?}\nin: {sql}");
     }
+}
+
+/// Changes a setting of the server, as `alter system` has it, for everybody.
+pub async fn alter_system(client: &Client, change: &str) {
+    run(client, &format!("alter system {change}")).await;
+    run(client, "select pg_reload_conf()").await;
 }
 
 /// Runs statements that must be refused, and returns the code and the message of the refusal.

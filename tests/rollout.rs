@@ -238,9 +238,8 @@ async fn more_requests_than_can_wait_are_refused_at_once_and_it_recovers_at_once
         .iter()
         .filter(|reply| reply.status == 503 && reply.body.contains("too many requests"))
         .collect();
-    // All but 4 with a connection, 50 that wait for one, and 50 that wait to go with others. Fewer only where some come so late
-    // that they find a place again.
-    assert!((680..=750).contains(&refused.len()), "{}", refused.len());
+    // All but 2 under way and 50 that wait to go with others. Fewer only where some come so late that they find a place again.
+    assert!((700..=748).contains(&refused.len()), "{}", refused.len());
     let retry = |reply: &&Reply| reply.header("retry-after") == Some("1");
     assert!(refused.iter().all(retry));
     // Two seconds to go with others, as long for a connection, and once more where those were refused; five for the statement.

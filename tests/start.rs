@@ -652,7 +652,7 @@ async fn a_database_with_tls_is_trusted_by_its_chain_and_its_name() {
         let write = format!("copy (values ('{lines}')) to program 'umask 077; cat > {file}'");
         run(&superuser, &write).await;
     }
-    cluster.restart_with("ssl = on").await;
+    cluster.restart_with("set ssl = on").await;
 
     let by_name = format!(
         "{}?sslmode=require",
