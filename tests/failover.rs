@@ -305,6 +305,10 @@ async fn a_replica_that_lags_never_contradicts_what_a_client_wrote() {
         ("REPLICA_LAG_MS", "600000"),
     ];
     let service = service(&primary.url, &settings).await;
+    within(TWO_SECONDS, "a replica that has caught up", || {
+        let ready = service.admin("/health/ready");
+        ready.text().ends_with("takes reads only\n")
+    });
     let old = service.post(LOFT);
     let old_etag = old.header("etag").expect("an ETag").to_owned();
     let _replaying = stop_behind_the_first_listing(&replica).await;
