@@ -3,7 +3,7 @@
 use futures_util::SinkExt;
 use std::pin::pin;
 
-use crate::harness::{
+use crate::support::{
     Database, HISTORY, OTHER_COLUMNS, OTHER_VALUES, assert_no_problem, insert_listing, rows, run,
     value,
 };

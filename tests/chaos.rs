@@ -1,5 +1,5 @@
-//! Servers are killed, paused, cut off, promoted and restarted, while clients write down what they were promised. In the end
-//! the database has to hold every word of it. `make chaos` does the same for longer and prints what happened.
+//! Kills, pauses, disconnects, promotes and restarts servers while clients record every acknowledged write. In the end the
+//! database must contain all of them. `make chaos` does the same for longer and prints a report.
 
 use std::collections::{BTreeMap, HashMap};
 use std::env;
@@ -13,34 +13,33 @@ use std::time::{Duration, Instant};
 use fastrand::Rng;
 use serde_json::json;
 
-use crate::failover::{insist_on_a_standby, pair};
-use crate::harness::{Cluster, Database, assert_no_problem, rows, run};
-use crate::outage::{Finally, Link, ask, over};
-use crate::rollout::free_address;
-use crate::service::{JSON, LOFT, Service};
+use crate::support::{
+    Cluster, Connection, JSON, LOFT, Link, OnDrop, Response, Service, assert_no_problem,
+    free_address, require_a_standby, rows, run, synchronous_pair, through,
+};
 
 const WRITERS: u64 = 6;
 const READERS: u64 = 2;
 
-/// What a client was told of a write: that it is done, or nothing that it could rely on.
+/// What a client knows about one of its writes.
 #[derive(Clone, Copy, PartialEq, Debug)]
-enum Told {
-    Done,
-    Nothing,
+enum Outcome {
+    Acknowledged,
+    Unknown,
 }
 
-/// All that one client asked for one listing, which nobody else writes.
-struct Tale {
+/// All writes of one client to one listing. No other client writes that listing.
+struct Record {
     name: String,
     id: Option<i64>,
-    /// The first one from its creation. No two prices of a run are the same.
-    prices: Vec<(i64, Told)>,
-    deleted: Option<Told>,
+    /// The first price is that of the insert. All prices of a run are different.
+    prices: Vec<(i64, Outcome)>,
+    deleted: Option<Outcome>,
     etag: Option<String>,
 }
 
-/// A request as its client saw it.
-struct Sight {
+/// A request and whether it was served.
+struct Observation {
     at: Instant,
     write: bool,
     served: bool,
@@ -49,43 +48,43 @@ struct Sight {
 #[derive(Default)]
 struct Shared {
     done: AtomicBool,
-    sights: Mutex<Vec<Sight>>,
+    observations: Mutex<Vec<Observation>>,
 }
 
 struct Client {
     number: i64,
     random: Rng,
     instances: Vec<String>,
-    tales: Vec<Tale>,
+    records: Vec<Record>,
     last_price: i64,
     shared: Arc<Shared>,
 }
 
 impl Client {
-    fn run(mut self) -> Vec<Tale> {
+    fn read_and_write(mut self) -> Vec<Record> {
         while !self.shared.done.load(Ordering::Relaxed) {
-            let alive = |tale: &Tale| tale.id.is_some() && tale.deleted.is_none();
-            let alive: Vec<_> = (0..self.tales.len())
-                .filter(|tale| alive(&self.tales[*tale]))
+            let alive = |record: &Record| record.id.is_some() && record.deleted.is_none();
+            let alive: Vec<_> = (0..self.records.len())
+                .filter(|record| alive(&self.records[*record]))
                 .collect();
             match (self.random.u8(..100), self.random.choice(alive)) {
-                (20..80, Some(tale)) => self.reprice(tale),
-                (80..95, Some(tale)) => self.read(tale),
-                (95.., Some(tale)) => self.delete(tale),
+                (20..80, Some(record)) => self.reprice(record),
+                (80..95, Some(record)) => self.read(record),
+                (95.., Some(record)) => self.delete(record),
                 _ => self.create(),
             }
         }
-        self.tales
+        self.records
     }
 
-    /// Looks at what others write, so that there are reads also while every writer waits.
-    fn look_on(mut self) -> Vec<Tale> {
+    /// Only reads, so that there are reads also while every writer waits.
+    fn only_read(mut self) -> Vec<Record> {
         while !self.shared.done.load(Ordering::Relaxed) {
-            if let Some(reply) = self.ask("GET", "/listings?limit=1", "", "") {
-                assert_eq!(reply.status, 200, "{reply:?}");
+            if let Some(response) = self.send("GET", "/listings?limit=1", "", "") {
+                assert_eq!(response.status, 200, "{response:?}");
             }
         }
-        self.tales
+        self.records
     }
 
     fn next_price(&mut self) -> i64 {
@@ -93,37 +92,38 @@ impl Client {
         self.number * 1_000_000 + self.last_price
     }
 
-    /// The answer of any of the instances, unless it is no answer.
-    fn ask(
-        &mut self,
-        method: &str,
-        path: &str,
-        headers: &str,
-        body: &str,
-    ) -> Option<crate::outage::Reply> {
+    /// Sends a request to a random instance. Returns the response, unless there is none or it has a status of 500 or more.
+    fn send(&mut self, method: &str, path: &str, headers: &str, body: &str) -> Option<Response> {
         let instance = self.random.usize(..self.instances.len());
-        let reply = ask(&self.instances[instance], method, path, headers, body);
-        let served = reply.as_ref().is_ok_and(|reply| reply.status < 500);
-        // An instance that is not there is found out by a proxy, before it would send anything.
-        let refused = reply
+        let response = Connection::try_to(&self.instances[instance])
+            .and_then(|mut connection| connection.try_send(method, path, headers, body.as_bytes()));
+        let served = response
+            .as_ref()
+            .is_ok_and(|response| response.status < 500);
+        // A proxy would notice that the instance is down before it sends the request.
+        let refused = response
             .as_ref()
             .is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused);
         if refused {
             thread::sleep(Duration::from_millis(10));
         } else {
-            let sight = Sight {
+            let observation = Observation {
                 at: Instant::now(),
                 write: method != "GET",
                 served,
             };
-            self.shared.sights.lock().expect("a lock").push(sight);
+            self.shared
+                .observations
+                .lock()
+                .expect("lock")
+                .push(observation);
         }
-        if let Ok(reply) = &reply
-            && reply.status == 503
+        if let Ok(response) = &response
+            && response.status == 503
         {
-            assert_eq!(reply.header("retry-after"), Some("1"));
+            assert_eq!(response.header("retry-after"), Some("1"));
         }
-        reply.ok().filter(|_| served)
+        response.ok().filter(|_| served)
     }
 
     fn create(&mut self) {
@@ -132,105 +132,112 @@ impl Client {
         let mut listing: serde_json::Value = serde_json::from_str(LOFT).expect("a listing");
         listing["name"] = json!(name);
         listing["latest_price_eur"] = json!(price);
-        let reply = self.ask("POST", "/listings", JSON, &listing.to_string());
-        let told = reply.as_ref().map_or(Told::Nothing, |_| Told::Done);
-        self.tales.push(Tale {
+        let response = self.send("POST", "/listings", JSON, &listing.to_string());
+        let outcome = response
+            .as_ref()
+            .map_or(Outcome::Unknown, |_| Outcome::Acknowledged);
+        self.records.push(Record {
             name,
-            id: reply.as_ref().map(|reply| {
-                assert_eq!(reply.status, 201, "{reply:?}");
-                reply.json()["id"].as_i64().expect("an id")
+            id: response.as_ref().map(|response| {
+                assert_eq!(response.status, 201, "{response:?}");
+                response.json()["id"].as_i64().expect("an id")
             }),
-            prices: vec![(price, told)],
+            prices: vec![(price, outcome)],
             deleted: None,
-            etag: reply.and_then(|reply| reply.header("etag").map(str::to_owned)),
+            etag: response.and_then(|response| response.header("etag").map(str::to_owned)),
         });
     }
 
-    fn path(&self, tale: usize) -> String {
-        format!("/listings/{}", self.tales[tale].id.expect("an id"))
+    fn path(&self, record: usize) -> String {
+        format!("/listings/{}", self.records[record].id.expect("an id"))
     }
 
-    fn reprice(&mut self, tale: usize) {
+    fn reprice(&mut self, record: usize) {
         let price = self.next_price();
         let body = format!("{{\"latest_price_eur\":{price}}}");
-        let reply = self.ask("PATCH", &self.path(tale), JSON, &body);
-        let told = reply.as_ref().map_or(Told::Nothing, |reply| {
+        let response = self.send("PATCH", &self.path(record), JSON, &body);
+        let outcome = response.as_ref().map_or(Outcome::Unknown, |response| {
             assert_eq!(
-                (reply.status, reply.json()["latest_price_eur"].as_i64()),
+                (
+                    response.status,
+                    response.json()["latest_price_eur"].as_i64()
+                ),
                 (200, Some(price)),
-                "{reply:?}"
+                "{response:?}"
             );
-            Told::Done
+            Outcome::Acknowledged
         });
-        let tale = &mut self.tales[tale];
-        tale.prices.push((price, told));
-        tale.etag = reply.and_then(|reply| reply.header("etag").map(str::to_owned));
+        let record = &mut self.records[record];
+        record.prices.push((price, outcome));
+        record.etag = response.and_then(|response| response.header("etag").map(str::to_owned));
     }
 
-    /// What it was told last is still so, or became another price that it once asked for in vain.
-    fn read(&mut self, tale: usize) {
-        let Some(etag) = self.tales[tale].etag.clone() else {
+    /// Asserts that the last acknowledged price is still the price, or that a write with an unknown outcome was done since.
+    fn read(&mut self, record: usize) {
+        let Some(etag) = self.records[record].etag.clone() else {
             return;
         };
         let seen = format!("if-none-match: {etag}\r\n");
-        if let Some(reply) = self.ask("GET", &self.path(tale), &seen, "") {
-            let price = reply.json()["latest_price_eur"].as_i64();
-            let late = self.tales[tale]
+        if let Some(response) = self.send("GET", &self.path(record), &seen, "")
+            && response.status != 304
+        {
+            let price = response.json()["latest_price_eur"].as_i64();
+            let done_late = self.records[record]
                 .prices
                 .iter()
-                .any(|asked| Some(asked.0) == price && asked.1 == Told::Nothing);
+                .any(|write| Some(write.0) == price && write.1 == Outcome::Unknown);
             assert!(
-                reply.status == 304 || late,
-                "{etag} of {:?}: {reply:?}",
-                self.tales[tale].prices.last()
+                done_late,
+                "{etag} of {:?}: {response:?}",
+                self.records[record].prices.last()
             );
         }
     }
 
-    fn delete(&mut self, tale: usize) {
-        let reply = self.ask("DELETE", &self.path(tale), "", "");
-        self.tales[tale].deleted = Some(reply.map_or(Told::Nothing, |reply| {
-            assert_eq!(reply.status, 204, "{reply:?}");
-            Told::Done
+    fn delete(&mut self, record: usize) {
+        let response = self.send("DELETE", &self.path(record), "", "");
+        self.records[record].deleted = Some(response.map_or(Outcome::Unknown, |response| {
+            assert_eq!(response.status, 204, "{response:?}");
+            Outcome::Acknowledged
         }));
     }
 }
 
-/// What is done to the servers.
+/// What the test does to the servers.
 #[derive(Clone, Copy, Debug)]
-enum Blow {
+enum Fault {
     EndSessions,
     RestartPrimary,
     KillPrimary,
     PausePrimary,
-    CutOffPrimary,
+    DisconnectPrimary,
     KillStandby,
     RestartInstance,
     KillInstance,
     KillAndPromote,
     PauseAndPromote,
-    CutOffAndPromote,
+    DisconnectAndPromote,
 }
 
-const BLOWS: [Blow; 11] = [
-    Blow::KillAndPromote,
-    Blow::PauseAndPromote,
-    Blow::CutOffAndPromote,
-    Blow::EndSessions,
-    Blow::RestartPrimary,
-    Blow::KillPrimary,
-    Blow::PausePrimary,
-    Blow::CutOffPrimary,
-    Blow::KillStandby,
-    Blow::RestartInstance,
-    Blow::KillInstance,
+const FAULTS: [Fault; 11] = [
+    Fault::KillAndPromote,
+    Fault::PauseAndPromote,
+    Fault::DisconnectAndPromote,
+    Fault::EndSessions,
+    Fault::RestartPrimary,
+    Fault::KillPrimary,
+    Fault::PausePrimary,
+    Fault::DisconnectPrimary,
+    Fault::KillStandby,
+    Fault::RestartInstance,
+    Fault::KillInstance,
 ];
 
 struct World {
     random: Rng,
     primary: Cluster,
     standby: Cluster,
-    /// To the primary, and to the standby.
+    /// The link to the primary and the link to the standby.
     links: [Link; 2],
     instances: Vec<Service>,
     read_url: String,
@@ -239,9 +246,9 @@ struct World {
 
 impl World {
     async fn new(random: Rng) -> Self {
-        let (primary, standby) = pair().await;
+        let (primary, standby) = synchronous_pair().await;
         let links = [Link::to(&primary), Link::to(&standby)];
-        let url = over(&primary, &[&links[0].address, &links[1].address]);
+        let url = through(&primary, &[&links[0].address, &links[1].address]);
         let mut world = Self {
             read_url: url.clone(),
             url: format!("{url}?target_session_attrs=read-write"),
@@ -252,77 +259,77 @@ impl World {
             instances: Vec::new(),
         };
         for _ in 0..3 {
-            let instance = world.instance(&free_address()).await;
+            let instance = world.instance(&free_address());
             world.instances.push(instance);
         }
         world
     }
 
-    async fn instance(&self, address: &str) -> Service {
+    fn instance(&self, address: &str) -> Service {
         let settings = [
             ("DATABASE_READ_URL", &*self.read_url),
             ("LISTEN_ADDR", address),
         ];
-        Service::start_at(&self.url, Database::empty().await, &settings)
+        Service::start_at(&self.url, &settings)
     }
 
     fn some_seconds(&mut self) {
         thread::sleep(Duration::from_millis(self.random.u64(200..3500)));
     }
 
-    async fn strike(&mut self, blow: Blow) {
-        match blow {
-            Blow::EndSessions => {
+    async fn inject(&mut self, fault: Fault) {
+        match fault {
+            Fault::EndSessions => {
                 let end = "select pg_terminate_backend(pid) from pg_stat_activity where application_name = 'listing-api'";
                 run(&self.primary.superuser().await, end).await;
             }
-            Blow::RestartPrimary => {
+            Fault::RestartPrimary => {
                 self.primary.call("stop");
                 self.primary.call("up");
             }
-            Blow::KillPrimary => {
+            Fault::KillPrimary => {
                 self.primary.kill();
                 self.primary.call("up");
             }
-            Blow::PausePrimary => {
+            Fault::PausePrimary => {
                 self.primary.signal("-STOP");
                 self.some_seconds();
                 self.primary.signal("-CONT");
             }
-            Blow::CutOffPrimary => {
+            Fault::DisconnectPrimary => {
                 self.links[0].cut(true);
                 self.some_seconds();
                 self.links[0].cut(false);
             }
-            Blow::KillStandby => {
+            Fault::KillStandby => {
                 self.standby.kill();
                 self.some_seconds();
                 self.standby.call("up");
             }
-            Blow::RestartInstance => {
+            Fault::RestartInstance => {
                 let mut instance = self.take_instance();
                 instance.signal("-TERM");
                 assert_eq!(instance.wait(), Some(0));
-                self.replace(&instance).await;
+                self.replace(&instance);
             }
-            Blow::KillInstance => {
+            Fault::KillInstance => {
                 let mut instance = self.take_instance();
                 instance.signal("-KILL");
                 assert_eq!(instance.wait(), None);
-                self.replace(&instance).await;
+                self.replace(&instance);
             }
-            Blow::KillAndPromote => {
+            Fault::KillAndPromote => {
                 self.primary.kill();
                 self.promote().await;
             }
-            Blow::PauseAndPromote => {
+            Fault::PauseAndPromote => {
                 self.primary.signal("-STOP");
                 self.standby.call("promote");
-                // Whoever promotes sees to it that the former primary stays out.
+                // As a failover manager does, make sure that the former primary is dead.
                 self.primary.kill();
                 self.promote().await;
             }
-            Blow::CutOffAndPromote => {
+            Fault::DisconnectAndPromote => {
                 self.links[0].cut(true);
                 self.standby.call("promote");
                 self.primary.kill();
@@ -330,10 +337,10 @@ impl World {
                 self.promote().await;
             }
         }
-        insist_on_a_standby(&self.primary).await;
+        require_a_standby(&self.primary).await;
     }
 
-    /// The standby becomes the primary, and the former primary is made anew as its standby.
+    /// Makes the standby the primary, and a new standby in place of the former primary.
     async fn promote(&mut self) {
         let in_recovery = rows(
             &self.standby.superuser().await,
@@ -354,18 +361,18 @@ impl World {
         self.instances.swap_remove(number)
     }
 
-    async fn replace(&mut self, instance: &Service) {
-        let instance = self.instance(&instance.address).await;
+    fn replace(&mut self, instance: &Service) {
+        let instance = self.instance(&instance.address);
         self.instances.push(instance);
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_promise_is_kept_whatever_happens_to_the_servers() {
+async fn every_acknowledged_write_survives_every_fault() {
     let given = |name| env::var(name).ok().map(|value| value.parse().expect(name));
     let seed = given("CHAOS_SEED").unwrap_or_else(|| fastrand::u64(..1_000_000));
     let duration = Duration::from_secs(given("CHAOS_SECONDS").unwrap_or(8));
-    // Shown where it fails.
+    // Printed if the test fails.
     println!("CHAOS_SEED={seed} repeats the choices of this run");
     let mut world = World::new(Rng::with_seed(seed)).await;
     let shared = Arc::new(Shared::default());
@@ -380,60 +387,60 @@ async fn every_promise_is_kept_whatever_happens_to_the_servers() {
                     .iter()
                     .map(|instance| instance.address.clone())
                     .collect(),
-                tales: Vec::new(),
+                records: Vec::new(),
                 last_price: 0,
                 shared: shared.clone(),
             };
             thread::spawn(move || {
                 if number > WRITERS {
-                    client.look_on()
+                    client.only_read()
                 } else {
-                    client.run()
+                    client.read_and_write()
                 }
             })
         })
         .collect();
-    let end = Finally(|| shared.done.store(true, Ordering::Relaxed));
+    let end = OnDrop(|| shared.done.store(true, Ordering::Relaxed));
 
-    let mut blows = Vec::new();
-    let mut deck = Vec::new();
+    let mut faults = Vec::new();
+    let mut remaining = Vec::new();
     thread::sleep(Duration::from_secs(1));
     while begun.elapsed() < duration {
-        if deck.is_empty() {
-            deck = BLOWS.to_vec();
-            world.random.shuffle(&mut deck);
+        if remaining.is_empty() {
+            remaining = FAULTS.to_vec();
+            world.random.shuffle(&mut remaining);
         }
-        // One of the three promotions first, so that the shortest run has one.
-        let blow = if blows.is_empty() {
-            BLOWS[world.random.usize(..3)]
+        // The first fault is a failover, so that the shortest run has one.
+        let fault = if faults.is_empty() {
+            FAULTS[world.random.usize(..3)]
         } else {
-            deck.pop().expect("a blow")
+            remaining.pop().expect("a fault")
         };
-        let struck = Instant::now();
-        world.strike(blow).await;
+        let injected = Instant::now();
+        world.inject(fault).await;
         let recovered = Instant::now();
         let served = || {
-            let sights = shared.sights.lock().expect("a lock");
-            sights
+            let observations = shared.observations.lock().expect("lock");
+            observations
                 .iter()
                 .rev()
-                .take_while(|sight| sight.at > recovered)
-                .any(|sight| sight.write && sight.served)
+                .take_while(|observation| observation.at > recovered)
+                .any(|observation| observation.write && observation.served)
         };
         while !served() {
             assert!(
                 recovered.elapsed() < Duration::from_secs(10),
-                "no write is served after {blow:?}"
+                "no write is served after {fault:?}"
             );
             thread::sleep(Duration::from_millis(10));
         }
         thread::sleep(Duration::from_secs(1));
-        blows.push((blow, struck, Instant::now()));
+        faults.push((fault, injected, Instant::now()));
     }
     drop(end);
-    let tales: Vec<_> = clients
+    let records: Vec<_> = clients
         .into_iter()
-        .flat_map(|client| client.join().expect("a client without objections"))
+        .flat_map(|client| client.join().expect("a client without a failure"))
         .collect();
 
     let superuser = world.primary.superuser().await;
@@ -457,125 +464,132 @@ async fn every_promise_is_kept_whatever_happens_to_the_servers() {
             .or_default()
             .push(number(price));
     }
-    println!("{}", verify(&tales, listings, histories));
-    println!("{}", shared.report(begun, &blows));
+    println!("{}", verify(&records, listings, histories));
+    println!("{}", shared.report(begun, &faults));
 }
 
 fn number(text: &str) -> i64 {
     text.parse().expect("a number")
 }
 
-/// Holds what clients were told against what there is. What it found, in figures.
+/// Compares what the clients recorded with the database. Returns a summary.
 fn verify(
-    tales: &[Tale],
+    records: &[Record],
     mut listings: BTreeMap<i64, (String, i64)>,
     mut histories: HashMap<i64, Vec<i64>>,
 ) -> String {
-    let (mut promised, mut done, mut not_done) = (0, 0, 0);
-    let mut unpromised = |is: bool| if is { done += 1 } else { not_done += 1 };
-    for tale in tales {
+    let (mut acknowledged, mut done, mut not_done) = (0, 0, 0);
+    let mut count_unknown = |is: bool| if is { done += 1 } else { not_done += 1 };
+    for record in records {
         let by_name = listings
             .iter()
-            .find(|(_, (name, _))| *name == tale.name)
+            .find(|(_, (name, _))| *name == record.name)
             .map(|(id, _)| *id);
-        let id = tale.id.or(by_name);
+        let id = record.id.or(by_name);
         let listing = id.and_then(|id| listings.remove(&id));
         let history = id.and_then(|id| histories.remove(&id));
         assert_eq!(
             listing.is_some(),
             history.is_some(),
-            "half of {}",
-            tale.name
+            "listing without history, or the reverse: {}",
+            record.name
         );
-        match (tale.prices[0].1, tale.deleted) {
-            (Told::Done, None) => assert!(listing.is_some(), "{} is lost", tale.name),
-            (_, Some(Told::Done)) => assert!(listing.is_none(), "{} is back", tale.name),
-            (_, Some(Told::Nothing)) => unpromised(listing.is_none()),
-            (Told::Nothing, None) => unpromised(listing.is_some()),
+        match (record.prices[0].1, record.deleted) {
+            (Outcome::Acknowledged, None) => assert!(listing.is_some(), "{} is lost", record.name),
+            (_, Some(Outcome::Acknowledged)) => {
+                assert!(listing.is_none(), "{} is back", record.name)
+            }
+            (_, Some(Outcome::Unknown)) => count_unknown(listing.is_none()),
+            (Outcome::Unknown, None) => count_unknown(listing.is_some()),
         }
-        promised += usize::from(tale.prices[0].1 == Told::Done)
-            + usize::from(tale.deleted == Some(Told::Done));
+        acknowledged += usize::from(record.prices[0].1 == Outcome::Acknowledged)
+            + usize::from(record.deleted == Some(Outcome::Acknowledged));
         let (Some((_, price)), Some(history)) = (listing, history) else {
-            // Their log went with them.
+            // A deleted listing has no log.
             continue;
         };
         assert_eq!(
             (history.first(), history.last()),
-            (Some(&tale.prices[0].0), Some(&price)),
+            (Some(&record.prices[0].0), Some(&price)),
             "{}",
-            tale.name
+            record.name
         );
-        for (price, told) in &tale.prices[1..] {
+        for (price, outcome) in &record.prices[1..] {
             let times = history.iter().filter(|logged| *logged == price).count();
-            match told {
-                Told::Done => {
-                    assert_eq!(times, 1, "{price} of {}: {history:?}", tale.name);
-                    promised += 1;
+            match outcome {
+                Outcome::Acknowledged => {
+                    assert_eq!(times, 1, "{price} of {}: {history:?}", record.name);
+                    acknowledged += 1;
                 }
-                Told::Nothing => {
-                    assert!(times <= 1, "{price} of {}: {history:?}", tale.name);
-                    unpromised(times == 1);
+                Outcome::Unknown => {
+                    assert!(times <= 1, "{price} of {}: {history:?}", record.name);
+                    count_unknown(times == 1);
                 }
             }
         }
         let told_done = |price: &&i64| {
-            tale.prices
+            record
+                .prices
                 .iter()
-                .any(|asked| asked.0 == **price && asked.1 == Told::Done)
+                .any(|write| write.0 == **price && write.1 == Outcome::Acknowledged)
         };
         let in_order: Vec<_> = history.iter().filter(told_done).copied().collect();
-        let promised: Vec<_> = tale
+        let acknowledged: Vec<_> = record
             .prices
             .iter()
-            .filter(|asked| asked.1 == Told::Done)
-            .map(|asked| asked.0)
+            .filter(|write| write.1 == Outcome::Acknowledged)
+            .map(|write| write.0)
             .collect();
-        assert_eq!(in_order, promised, "{}", tale.name);
-        let asked = |price: &i64| tale.prices.iter().any(|asked| asked.0 == *price);
+        assert_eq!(in_order, acknowledged, "{}", record.name);
+        let written = |price: &i64| record.prices.iter().any(|write| write.0 == *price);
         assert!(
-            history.iter().all(asked),
-            "a price that nobody asked for: {history:?}"
+            history.iter().all(written),
+            "a price that no client wrote: {history:?}"
         );
     }
     assert!(
         listings.is_empty() && histories.is_empty(),
-        "nobody asked for {listings:?} {histories:?}"
+        "no client wrote {listings:?} {histories:?}"
     );
-    assert!(promised > 50, "{promised}");
+    assert!(acknowledged > 50, "{acknowledged}");
     format!(
-        "{promised} acknowledged writes, but for prices of listings that are gone: all there, each price once and in order, no problem in listing_price_log_problem\n\
-         {} were answered 5xx or not at all: {done} done, {not_done} not, none by half",
+        "{acknowledged} acknowledged writes (prices of deleted listings not counted): all present, each price once and in order, \
+         no problem in listing_price_log_problem\n\
+         {} writes got a 5xx or no response: {done} done, {not_done} not done, none in part",
         done + not_done
     )
 }
 
 impl Shared {
-    /// What clients saw of each blow: the longest time without a write that was served, and without a read.
-    fn report(&self, begun: Instant, blows: &[(Blow, Instant, Instant)]) -> String {
-        let sights = self.sights.lock().expect("a lock");
+    /// For each fault, the longest time without a served write and without a served read.
+    fn report(&self, begun: Instant, faults: &[(Fault, Instant, Instant)]) -> String {
+        let observations = self.observations.lock().expect("lock");
         let longest = |write: bool, from: Instant, to: Instant| {
-            let served = sights
+            let served = observations
                 .iter()
-                .filter(|sight| sight.write == write && sight.served);
+                .filter(|observation| observation.write == write && observation.served);
             let within = |at: &Instant| from <= *at && *at <= to;
-            let at = served.map(|sight| sight.at).filter(within);
+            let at = served.map(|observation| observation.at).filter(within);
             let mut at: Vec<_> = at.chain([from, to]).collect();
             at.sort();
             let gaps = at.windows(2).map(|pair| pair[1] - pair[0]);
             gaps.max().unwrap_or_default().as_secs_f64()
         };
-        let lines = blows.iter().map(|(blow, from, to)| {
+        let lines = faults.iter().map(|(fault, from, to)| {
             let at = (*from - begun).as_secs_f64();
-            let blow = format!("{blow:?}");
+            let fault = format!("{fault:?}");
             let (writes, reads) = (longest(true, *from, *to), longest(false, *from, *to));
-            format!("{at:6.1} | {blow:<16} | {writes:10.2} | {reads:9.2}")
+            format!("{at:6.1} | {fault:<16} | {writes:10.2} | {reads:9.2}")
         });
         let lines: Vec<_> = lines.collect();
-        let served = sights.iter().filter(|sight| sight.served).count();
+        let served = observations
+            .iter()
+            .filter(|observation| observation.served)
+            .count();
         format!(
             "  at s | what             | no write s | no read s\n{}\n{served} requests served and {} failed in {} s",
             lines.join("\n"),
-            sights.len() - served,
+            observations.len() - served,
             begun.elapsed().as_secs()
         )
     }

@@ -6,7 +6,7 @@ use std::process::Command;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use crate::harness::{Cluster, in_checkout, printed, rows, run, succeed, value};
+use crate::support::{Cluster, in_checkout, printed, rows, run, succeed, value};
 
 #[tokio::test]
 async fn the_private_cluster_is_made_once_and_outlives_its_sessions() {

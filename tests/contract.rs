@@ -4,8 +4,9 @@ use std::thread;
 
 use serde_json::{Value, json};
 
-use crate::harness::{Database, program, rows, run, succeed, value};
-use crate::service::{Connection, JSON, LOFT, OPENAPI, Service};
+use crate::support::{
+    Connection, JSON, LOFT, OPENAPI, Service, connect, program, refusal, rows, run, succeed, value,
+};
 
 /// The listing without what the server adds, to compare whole bodies.
 fn without_dates(mut listing: Value) -> Value {
@@ -110,7 +111,7 @@ async fn the_history_shows_every_price_whoever_set_it() {
     let service = Service::start().await;
     service.post(LOFT);
     run(
-        &service.db.superuser,
+        service.superuser(),
         "update listing set price = 465000.10; update listing set name = 'x'",
     )
     .await;
@@ -136,7 +137,7 @@ async fn the_history_shows_every_price_whoever_set_it() {
         service.send("GET", "/listings/1/prices", &known, "").status,
         304
     );
-    run(&service.db.superuser, "update listing set price = 1").await;
+    run(service.superuser(), "update listing set price = 1").await;
     assert_eq!(
         service.send("GET", "/listings/1/prices", &known, "").status,
         200
@@ -149,7 +150,7 @@ async fn a_page_of_prices_links_to_the_next_until_there_is_none() {
     service.post(LOFT);
     for price in 1..=4 {
         run(
-            &service.db.superuser,
+            service.superuser(),
             &format!("update listing set price = {price}"),
         )
         .await;
@@ -255,7 +256,7 @@ async fn a_list_longer_than_a_page_of_the_database_is_whole() {
     let fill = "insert into listing (name, description, building_type, street_address, postal_code, city, country, \
         surface_area_m2, rooms_count, bedrooms_count, price) \
         select 'Loft', 'x', 'HOUSE', 'x', 'x', 'x', 'FR', 1, 1, 1, n from generate_series(1, 3000) as n";
-    run(&service.db.superuser, fill).await;
+    run(service.superuser(), fill).await;
     for (query, expected) in [
         ("", 3000),
         ("?min_price=2001", 1000),
@@ -276,7 +277,7 @@ async fn rows_that_older_clients_stored_are_served_as_they_are() {
     let service = Service::start().await;
     let sql = "insert into listing (name, description, building_type, street_address, postal_code, city, country, \
         surface_area_m2, rooms_count, bedrooms_count, price) values ('', '', 'HOUSE', '', '', '', 'France', 0, 0, 0, 0)";
-    run(&service.db.superuser, sql).await;
+    run(service.superuser(), sql).await;
     let listing = without_dates(service.get("/listings/1").json());
     assert_eq!(
         listing,
@@ -318,7 +319,7 @@ async fn money_is_what_was_written_everywhere() {
         rest.split([',', '}']).next().expect("its end").to_owned()
     };
     for (id, amount) in (1..).zip(&amounts) {
-        let created = connection.send("POST", "/listings", JSON, &LOFT.replace("480000", amount));
+        let created = connection.send("POST", "/listings", JSON, LOFT.replace("480000", amount));
         assert_eq!(&amount_in(created.text(), "latest_price_eur"), amount);
         let read = connection.send("GET", &format!("/listings/{id}"), "", "");
         assert_eq!(&amount_in(read.text(), "latest_price_eur"), amount);
@@ -326,7 +327,7 @@ async fn money_is_what_was_written_everywhere() {
             "PUT",
             &format!("/listings/{id}"),
             JSON,
-            &LOFT.replace("480000", amount),
+            LOFT.replace("480000", amount),
         );
         assert_eq!(&amount_in(replaced.text(), "latest_price_eur"), amount);
         let prices = connection.send("GET", &format!("/listings/{id}/prices"), "", "");
@@ -338,7 +339,7 @@ async fn money_is_what_was_written_everywhere() {
         assert_eq!(&amount_in(prices.text(), "price_eur"), amount);
     }
     let sql = "select trim_scale(price) from listing order by id";
-    assert_eq!(rows(&service.db.superuser, sql).await, amounts);
+    assert_eq!(rows(service.superuser(), sql).await, amounts);
     let mut psql = program("psql");
     psql.args([
         "--no-psqlrc",
@@ -346,7 +347,7 @@ async fn money_is_what_was_written_everywhere() {
         "--no-align",
         "--command",
         sql,
-        &service.db.url(),
+        &service.db().url(),
     ]);
     assert_eq!(succeed(psql, "").lines().collect::<Vec<_>>(), amounts);
 }
@@ -391,7 +392,7 @@ async fn a_write_by_anybody_else_makes_if_match_fail() {
         200
     );
     for (method, body) in [("PUT", LOFT), ("PATCH", "{}"), ("DELETE", "")] {
-        run(&service.db.superuser, "update listing set name = 'psql'").await;
+        run(service.superuser(), "update listing set name = 'psql'").await;
         for stale in [
             &current,
             &format!("{JSON}if-match: nonsense\r\n"),
@@ -533,7 +534,7 @@ async fn any_origin_may_read_and_write_unless_there_is_a_list() {
     assert_eq!(error.header("access-control-expose-headers"), Some(exposed));
 
     let origins = [("CORS_ORIGINS", "https://a.example, http://localhost:3000")];
-    let service = Service::start_with(Database::migrated().await, &origins).await;
+    let service = Service::start_with(&origins).await;
     for (origin, allowed) in [
         ("https://a.example", true),
         ("http://localhost:3000", true),
@@ -649,7 +650,7 @@ async fn the_service_cannot_change_the_log() {
     let service = Service::start().await;
     service.post(LOFT);
     let config: tokio_postgres::Config = service.url.parse().expect("its own address");
-    let client = crate::harness::connect(&config).await;
+    let client = connect(&config).await;
     assert_eq!(
         value(&client, "select session_user = current_user").await,
         "t"
@@ -659,7 +660,7 @@ async fn the_service_cannot_change_the_log() {
         "delete from listing_price_log",
         "truncate listing_price_log",
     ] {
-        let refused = crate::harness::refusal(&client, sql).await;
+        let refused = refusal(&client, sql).await;
         assert_eq!(
             refused,
             "42501 permission denied for table listing_price_log"

@@ -1,63 +1,21 @@
-//! Several servers: a standby takes over, replicas are read.
+//! Several servers: writes follow a failover, reads go to replicas.
 
 use std::thread;
 use std::time::{Duration, Instant};
 
-use tokio_postgres::Client;
-
-use crate::harness::{Cluster, alter_system, rows, run, value};
-use crate::load::insert;
-use crate::outage::{Link, TWO_SECONDS, over, refused, service, under_load, within};
-use crate::service::{JSON, LOFT, Service};
-
-/// A primary that acknowledges nothing which its standby has not, and that standby.
-pub async fn pair() -> (Cluster, Cluster) {
-    let primary = Cluster::migrated();
-    let standby = primary.standby();
-    insist_on_a_standby(&primary).await;
-    (primary, standby)
-}
-
-/// From now on a commit waits for a standby. Waits for the one there is.
-pub async fn insist_on_a_standby(primary: &Cluster) {
-    let superuser = primary.superuser().await;
-    alter_system(&superuser, "set synchronous_standby_names = '*'").await;
-    let synchronous = "select count(*) from pg_stat_replication where sync_state = 'sync'";
-    let begun = Instant::now();
-    while value(&superuser, synchronous).await != "1" {
-        assert!(begun.elapsed() < Duration::from_secs(20), "no standby");
-        thread::sleep(Duration::from_millis(10));
-    }
-    // Who does this makes commits wait, and has heeded the setting before.
-    run(&superuser, "checkpoint").await;
-}
-
-/// Lets the first listing arrive at a replica, and no more. A session there.
-pub async fn stop_behind_the_first_listing(replica: &Cluster) -> Client {
-    let superuser = replica.superuser().await;
-    let begun = Instant::now();
-    while value(&superuser, "select count(*) from listing_price_log").await != "1" {
-        assert!(begun.elapsed() < Duration::from_secs(10));
-    }
-    pause_replay(&superuser).await;
-    superuser
-}
-
-async fn pause_replay(superuser: &Client) {
-    run(superuser, "select pg_wal_replay_pause()").await;
-    let begun = Instant::now();
-    while value(superuser, "select pg_get_wal_replay_pause_state()").await != "paused" {
-        assert!(begun.elapsed() < Duration::from_secs(10));
-    }
-}
+use crate::support::{
+    Cluster, JSON, LOFT, Link, Service, TWO_SECONDS, alter_system, assert_no_problem,
+    count_refused, pause_after_the_first_listing, pause_replay, rows, run, synchronous_pair,
+    through, under_load, value, wait_for, within,
+};
 
 #[tokio::test]
 async fn writes_reach_a_promoted_standby_and_no_acknowledged_one_is_lost() {
     for end in ["kill", "pause", "cut", "power off"] {
-        let (primary, standby) = pair().await;
+        let (primary, standby) = synchronous_pair().await;
         let (one, two) = (Link::to(&primary), Link::to(&standby));
-        let url = over(&primary, &[&two.address, &one.address]);
-        let service = service(&format!("{url}?target_session_attrs=read-write"), &[]).await;
+        let url = through(&primary, &[&two.address, &one.address]);
+        let service = Service::start_at(&format!("{url}?target_session_attrs=read-write"), &[]);
         let report = format!(
             "ready\nstandby {} takes no writes\nprimary {} takes reads and writes\n",
             two.address, one.address
@@ -73,7 +31,7 @@ async fn writes_reach_a_promoted_standby_and_no_acknowledged_one_is_lost() {
         for _ in 0..4 {
             assert_eq!(service.post(LOFT).status, 201);
         }
-        let mut replies = under_load(&service, || {
+        let mut responses = under_load(&service, || {
             thread::sleep(Duration::from_millis(300));
             match end {
                 "kill" => primary.kill(),
@@ -81,15 +39,15 @@ async fn writes_reach_a_promoted_standby_and_no_acknowledged_one_is_lost() {
                 "cut" => one.cut(true),
                 _ => {
                     one.cut(true);
-                    one.hang_up();
+                    one.close_connections();
                 }
             }
             thread::sleep(Duration::from_millis(200));
             standby.call("promote");
             within(Duration::from_secs(3), end, || {
-                service.send("PATCH", "/listings/1", JSON, "{}").status == 200
+                service.patch("/listings/1", "{}").status == 200
             });
-            // The former primary, back again, is none of our business any more.
+            // The service ignores the former primary when it comes back.
             match end {
                 "pause" => primary.signal("-CONT"),
                 "kill" => (),
@@ -97,22 +55,22 @@ async fn writes_reach_a_promoted_standby_and_no_acknowledged_one_is_lost() {
             }
             thread::sleep(Duration::from_millis(500));
         });
-        refused(&replies);
+        count_refused(&responses);
         assert_eq!(service.get("/listings/1").status, 200);
         let report = service.admin("/health/ready");
-        assert_eq!(report.status, 200, "{}", report.text());
+        assert_eq!(report.status, 200, "{report:?}");
         assert!(
             report
                 .text()
                 .contains(&format!("primary {} takes", two.address))
         );
 
-        // Whoever wrote prices went up from one to the next.
+        // Every acknowledged price is in the log of the new primary.
         let superuser = standby.superuser().await;
-        crate::harness::assert_no_problem(&superuser).await;
-        replies.retain(|(method, reply)| *method == "PATCH" && reply.status == 200);
-        for (_, reply) in &replies {
-            let listing = reply.json();
+        assert_no_problem(&superuser).await;
+        responses.retain(|(method, response)| *method == "PATCH" && response.status == 200);
+        for (_, response) in &responses {
+            let listing = response.json();
             let (id, price) = (&listing["id"], &listing["latest_price_eur"]);
             let logged = format!(
                 "select count(*) from listing_price_log where listing_id = {id} and new_price = {price}"
@@ -120,7 +78,7 @@ async fn writes_reach_a_promoted_standby_and_no_acknowledged_one_is_lost() {
             assert_ne!(value(&superuser, &logged).await, "0", "{end}: {listing}");
         }
         if end != "kill" {
-            // What goes on waiting for a standby there, nobody waits for.
+            // The service has closed its connections there, also those whose commits still wait for a standby.
             let still = "select query from pg_stat_activity where application_name = 'listing-api' \
                 and query !~ 'transaction_read_only' and state = 'idle'";
             assert_eq!(
@@ -133,24 +91,24 @@ async fn writes_reach_a_promoted_standby_and_no_acknowledged_one_is_lost() {
 }
 
 #[tokio::test]
-async fn what_waits_for_a_connection_goes_to_the_promoted_standby() {
-    let (primary, standby) = pair().await;
+async fn requests_that_wait_for_a_connection_are_served_by_the_promoted_standby() {
+    let (primary, standby) = synchronous_pair().await;
     let link = Link::to(&primary);
-    let url = over(&primary, &[&link.address, standby.address()]);
-    // Longer than the clients of the test wait.
+    let url = through(&primary, &[&link.address, standby.address()]);
+    // Longer than this test waits.
     let settings = [
         ("POOL_WAIT_MS", "60000"),
         ("CONNECT_TIMEOUT_MS", "60000"),
         ("WORKERS", "1"),
     ];
     let url = format!("{url}?target_session_attrs=read-write");
-    let service = service(&url, &settings).await;
-    // No connection for lists and writes has been made yet.
+    let service = Service::start_at(&url, &settings);
+    // The pool has no connection yet.
     link.cut(true);
     let (mut write, mut read) = (service.connect(), service.connect());
-    write.write(insert("Loft", JSON).as_bytes());
-    read.write(b"GET /listings/1 HTTP/1.1\r\nhost: x\r\n\r\n");
-    // The one worker answers this behind what was sent before.
+    write.request("POST", "/listings", JSON, LOFT);
+    read.request("GET", "/listings/1", "", "");
+    // The only worker answers this after it has started the two requests.
     service.get("/listings/none");
     standby.call("promote");
     assert_eq!(write.receive("POST", "/listings").id(), 1);
@@ -158,60 +116,51 @@ async fn what_waits_for_a_connection_goes_to_the_promoted_standby() {
 }
 
 #[tokio::test]
-async fn a_server_that_became_read_only_is_left() {
-    let (primary, standby) = pair().await;
-    let url = over(&primary, &[primary.address(), standby.address()]);
-    let service = service(
+async fn a_server_that_became_read_only_is_replaced_by_the_promoted_standby() {
+    let (primary, standby) = synchronous_pair().await;
+    let url = through(&primary, &[primary.address(), standby.address()]);
+    let service = Service::start_at(
         &format!("{url}?target_session_attrs=read-write"),
         &[("POOL_WAIT_MS", "500")],
-    )
-    .await;
+    );
     assert_eq!(service.post(LOFT).status, 201);
     assert_eq!(service.get("/listings/1").status, 200);
     let superuser = primary.superuser().await;
     alter_system(&superuser, "set default_transaction_read_only = on").await;
     within(TWO_SECONDS, "a refusal", || {
-        service.send("PATCH", "/listings/1", JSON, "{}").status == 503
+        service.patch("/listings/1", "{}").status == 503
     });
     within(TWO_SECONDS, "not ready", || {
         service.admin("/health/ready").status == 503
     });
-    let still = "select query from pg_stat_activity where application_name = 'listing-api' and query !~ 'transaction_read_only'";
-    let begun = Instant::now();
-    while !rows(&superuser, still).await.is_empty() {
-        assert!(
-            begun.elapsed() < TWO_SECONDS,
-            "{:?}",
-            rows(&superuser, still).await
-        );
-    }
+    let still = "select count(*) from pg_stat_activity where application_name = 'listing-api' and query !~ 'transaction_read_only'";
+    wait_for(&superuser, still, "0").await;
     standby.call("promote");
     within(Duration::from_secs(3), "a write", || {
-        service.send("PATCH", "/listings/1", JSON, "{}").status == 200
+        service.patch("/listings/1", "{}").status == 200
     });
     assert_eq!(service.get("/listings/1").status, 200);
 }
 
-/// Whether a server was asked for listings or prices by one of the sessions it has now.
-async fn asked(server: &Cluster) -> bool {
-    let asked = "select count(*) > 0 from pg_stat_activity \
+/// Whether one of the open sessions of a server has read listings or prices.
+async fn was_read(server: &Cluster) -> bool {
+    let reads = "select count(*) > 0 from pg_stat_activity \
         where application_name = 'listing-api' and query ~ 'unnest\\(|any\\(\\$1\\)'";
-    value(&server.superuser().await, asked).await == "t"
+    value(&server.superuser().await, reads).await == "t"
 }
 
 #[tokio::test]
-async fn replicas_are_read_in_turn_and_those_that_are_down_are_skipped() {
+async fn replicas_are_read_in_turn_and_a_replica_that_is_down_is_skipped() {
     let primary = Cluster::migrated();
     let replicas = [primary.standby(), primary.standby()];
-    let url = over(
+    let url = through(
         &primary,
         &[replicas[0].address(), "127.0.0.1:1", replicas[1].address()],
     );
-    let service = service(
+    let service = Service::start_at(
         &primary.url,
         &[("DATABASE_READ_URL", &url), ("WORKERS", "1")],
-    )
-    .await;
+    );
     assert_eq!(service.post(LOFT).status, 201);
     let read_all = || {
         for _ in 0..6 {
@@ -230,16 +179,14 @@ async fn replicas_are_read_in_turn_and_those_that_are_down_are_skipped() {
             }
         }
     };
-    // The listing has to arrive there first: until then the primary answers.
+    // Until a replica has the listing, the primary answers.
     for replica in &replicas {
-        let superuser = replica.superuser().await;
-        let begun = Instant::now();
-        while value(&superuser, "select count(*) from listing_price_log").await != "1" {
-            assert!(begun.elapsed() < Duration::from_secs(10));
-        }
+        replica
+            .wait_for("select count(*) from listing_price_log", "1")
+            .await;
     }
     read_all();
-    assert!(asked(&replicas[0]).await && asked(&replicas[1]).await);
+    assert!(was_read(&replicas[0]).await && was_read(&replicas[1]).await);
     let report = service.admin("/health/ready");
     let lines: Vec<_> = report.text().lines().collect();
     assert_eq!(
@@ -262,7 +209,7 @@ async fn replicas_are_read_in_turn_and_those_that_are_down_are_skipped() {
     read_all();
     replicas[1].kill();
     read_all();
-    assert!(asked(&primary).await);
+    assert!(was_read(&primary).await);
     let metrics = service.admin("/metrics");
     for (part, server, up) in [("primary", &primary, 1), ("replica", &replicas[0], 0)] {
         let line = format!(
@@ -284,12 +231,12 @@ async fn replicas_are_read_in_turn_and_those_that_are_down_are_skipped() {
         service.admin("/metrics").text().contains(&line)
     });
     read_all();
-    assert!(asked(&replicas[0]).await);
+    assert!(was_read(&replicas[0]).await);
 
-    // With the primary gone what is there can be read, and only the primary could say what is not.
+    // Without the primary, listings are read from a replica, but only the primary can say that a listing does not exist.
     primary.call("stop");
     read_all();
-    within(Duration::from_secs(4), "refusals", || {
+    within(Duration::from_secs(4), "a 503", || {
         service.get("/listings/7").status == 503 && service.post(LOFT).status == 503
     });
     read_all();
@@ -297,24 +244,24 @@ async fn replicas_are_read_in_turn_and_those_that_are_down_are_skipped() {
 }
 
 #[tokio::test]
-async fn a_replica_that_lags_never_contradicts_what_a_client_wrote() {
+async fn a_replica_that_lags_never_contradicts_the_writes_of_a_client() {
     let primary = Cluster::migrated();
     let replica = primary.standby();
     let settings = [
         ("DATABASE_READ_URL", &*replica.url),
         ("REPLICA_LAG_MS", "600000"),
     ];
-    let service = service(&primary.url, &settings).await;
+    let service = Service::start_at(&primary.url, &settings);
     within(TWO_SECONDS, "a replica that has caught up", || {
         let ready = service.admin("/health/ready");
         ready.text().ends_with("takes reads only\n")
     });
     let old = service.post(LOFT);
     let old_etag = old.header("etag").expect("an ETag").to_owned();
-    let _replaying = stop_behind_the_first_listing(&replica).await;
-    let written = service.send("PATCH", "/listings/1", JSON, r#"{"latest_price_eur":1}"#);
+    let _replaying = pause_after_the_first_listing(&replica).await;
+    let written = service.patch("/listings/1", r#"{"latest_price_eur":1}"#);
     let etag = written.header("etag").expect("an ETag").to_owned();
-    // Without a word about what it has seen, a client may be told what was.
+    // Without an ETag in the request, a response may be stale.
     assert_eq!(
         service.get("/listings/1").json()["latest_price_eur"],
         480_000
@@ -328,7 +275,7 @@ async fn a_replica_that_lags_never_contradicts_what_a_client_wrote() {
         Some(1)
     );
     assert_eq!(service.get("/listings/1").header("etag"), Some(&*old_etag));
-    // With it, it is told by the primary.
+    // With it, the primary answers.
     let seen = |etag: &str| format!("if-none-match: {etag}\r\n");
     assert_eq!(
         service.send("GET", "/listings/1", &seen(&etag), "").status,
@@ -344,7 +291,7 @@ async fn a_replica_that_lags_never_contradicts_what_a_client_wrote() {
             .status,
         304
     );
-    // A new listing is there for everybody, and so is its history.
+    // Every client can read a new listing and its history.
     assert_eq!(service.post(LOFT).id(), 2);
     assert_eq!(service.get("/listings/2").status, 200);
     assert_eq!(
@@ -356,31 +303,31 @@ async fn a_replica_that_lags_never_contradicts_what_a_client_wrote() {
         Some(1)
     );
     assert_eq!(service.get("/listings/3").status, 404);
-    // Of several that it knows, only the primary can tell which is the newest.
+    // If the client sends several ETags, only the primary knows which is the newest.
     let both = format!("if-none-match: {old_etag}, {etag}\r\n");
     let known = service.send("GET", "/listings/1", &both, "");
     assert_eq!((known.status, known.header("etag")), (304, Some(&*etag)));
 }
 
 #[tokio::test]
-async fn a_replica_that_is_too_far_behind_is_not_asked() {
+async fn a_replica_that_lags_too_much_is_not_read() {
     let primary = Cluster::migrated();
     let replica = primary.standby();
-    let writer = service(&primary.url, &[]).await;
+    let writer = Service::start_at(&primary.url, &[]);
     writer.post(LOFT);
-    let replaying = stop_behind_the_first_listing(&replica).await;
+    let replaying = pause_after_the_first_listing(&replica).await;
     let price = |service: &Service| service.get("/listings/1").json()["latest_price_eur"].clone();
     let reprice = |price: i32| {
         let body = format!("{{\"latest_price_eur\":{price}}}");
-        assert_eq!(writer.send("PATCH", "/listings/1", JSON, &body).status, 200);
+        assert_eq!(writer.patch("/listings/1", &body).status, 200);
     };
     reprice(1);
-    // Nobody knows how far behind it was when the service began to ask.
+    // The service cannot know the lag from before its first probe.
     let settings = [
         ("DATABASE_READ_URL", &*replica.url),
         ("REPLICA_LAG_MS", "500"),
     ];
-    let service = service(&primary.url, &settings).await;
+    let service = Service::start_at(&primary.url, &settings);
     assert_eq!(price(&service), 1);
     let health_of = |path| service.admin(path).text().to_owned();
     assert!(
@@ -392,9 +339,9 @@ async fn a_replica_that_is_too_far_behind_is_not_asked() {
     });
     pause_replay(&replaying).await;
     reprice(2);
-    let behind = Instant::now();
+    let written = Instant::now();
     within(TWO_SECONDS, "the new price", || price(&service) == 2);
-    within(TWO_SECONDS, "how far it is behind", || {
+    within(TWO_SECONDS, "the lag in the health report", || {
         health_of("/health/ready").contains(" s behind")
     });
     let metrics = health_of("/metrics");
@@ -403,9 +350,9 @@ async fn a_replica_that_is_too_far_behind_is_not_asked() {
         replica.address()
     );
     let lag = metrics.lines().find_map(|line| line.strip_prefix(&name));
-    let lag: f64 = lag.expect("the lag").parse().expect("seconds");
+    let lag: f64 = lag.expect("a lag").parse().expect("seconds");
     assert!(
-        lag > 0.0 && lag <= behind.elapsed().as_secs_f64() + 0.5,
+        lag > 0.0 && lag <= written.elapsed().as_secs_f64() + 0.5,
         "{lag}"
     );
 }

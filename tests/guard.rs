@@ -1,6 +1,6 @@
 //! What nobody can do to the log, and what each role can.
 
-use crate::harness::{
+use crate::support::{
     Database, HISTORY, OTHER_COLUMNS, OTHER_VALUES, insert_listing, refusal, rows, run, value,
 };
 

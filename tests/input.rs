@@ -3,8 +3,7 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::harness::{Database, run, value};
-use crate::service::{Connection, JSON, LOFT, Service};
+use crate::support::{Connection, Database, JSON, LOFT, Service, run, value};
 
 /// Asserts a refusal, then that the same connection and a new one serve the next good request, and that nothing was written.
 fn assert_refused(
@@ -14,7 +13,7 @@ fn assert_refused(
     expected: (u16, &str),
 ) {
     let (method, path, headers, body) = request;
-    let response = connection.send_bytes(method, path, headers, body);
+    let response = connection.send(method, path, headers, body);
     let sent = String::from_utf8_lossy(body);
     assert_eq!(
         response.error(),
@@ -53,7 +52,7 @@ async fn what_is_no_json_is_malformed() {
         [LOFT, "x"].concat().into_bytes(),
         not_utf8,
     ] {
-        let response = connection.send_bytes("POST", "/listings", JSON, &body);
+        let response = connection.send("POST", "/listings", JSON, &body);
         let (status, message) = response.error();
         let sent = String::from_utf8_lossy(&body);
         assert_eq!(status, 400, "{sent}: {message}");
@@ -64,7 +63,7 @@ async fn what_is_no_json_is_malformed() {
         assert_eq!(connection.send("GET", "/listings/1", "", "").status, 200);
     }
     assert_eq!(
-        value(&service.db.superuser, "select count(*) from listing").await,
+        value(service.superuser(), "select count(*) from listing").await,
         "1"
     );
 }
@@ -270,7 +269,7 @@ async fn json_that_breaks_a_rule_is_refused_by_the_name_of_its_field() {
     }
     assert_eq!(
         value(
-            &service.db.superuser,
+            service.superuser(),
             "select count(*) from listing_price_log"
         )
         .await,
@@ -582,9 +581,9 @@ async fn a_slow_reader_of_everything_costs_neither_memory_nor_a_connection() {
         select 'Loft', repeat('Under the roof. ', 10), 'HOUSE', 'x', 'x', 'x', 'FR', 1, 1, 1, n from generate_series(1, 300000) as n";
     run(&db.superuser, fill).await;
     run(&db.superuser, "analyze listing").await;
-    let service = Service::start_with(db, &[("POOL_SIZE", "1"), ("WORKERS", "1")]).await;
+    let service = Service::start_on(db, &[("POOL_SIZE", "1"), ("WORKERS", "1")]).await;
     let mut slow = service.connect();
-    slow.write(b"GET /listings HTTP/1.1\r\nhost: x\r\n\r\n");
+    slow.request("GET", "/listings", "", "");
     thread::sleep(Duration::from_millis(500));
     // The one connection of the pool is free while nobody reads.
     for _ in 0..20 {
@@ -619,11 +618,11 @@ async fn a_list_that_breaks_off_ends_its_connection_and_says_why_in_the_log() {
         surface_area_m2, rooms_count, bedrooms_count, price) \
         select 'Loft', repeat('x', 500), 'HOUSE', 'x', 'x', 'x', 'FR', 1, 1, 1, n from generate_series(1, 60000) as n";
     run(&db.superuser, fill).await;
-    let service = Service::start_with(db, &[]).await;
+    let service = Service::start_on(db, &[]).await;
     let mut slow = service.connect();
     slow.write(b"GET /listings HTTP/1.1\r\nhost: x\r\nx-request-id: slow\r\n\r\n");
     slow.wait_for_the_first_byte();
-    run(&service.db.superuser, "alter table listing rename to moved").await;
+    run(service.superuser(), "alter table listing rename to moved").await;
     // No last chunk: the client can tell that this is not all.
     assert!(!slow.rest().ends_with(b"0\r\n\r\n"));
     let causes = service.logged("broken off");

@@ -8,22 +8,17 @@ use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle;
 
-use crate::failover::stop_behind_the_first_listing;
-use crate::harness::{Cluster, Database, in_checkout, printed, refinery, rows, run, value};
-use crate::outage::{over, within};
-use crate::owners::{administrators_key, insert_owned, key_of, revoke};
-use crate::service::{JSON, LOFT, Service, command, service_url};
-use crate::start::{WAITING, wait_for};
+use crate::support::{
+    Cluster, Database, JSON, LOFT, Service, WAITING, bearer, command, create_administrator_key,
+    create_key, insert_owned, pause_after_the_first_listing, printed, revoke_key, rows, run,
+    through, value, within,
+};
 
 const NOT_VALID: &str = "authorization: the key is not valid";
 const MALFORMED: &str = "authorization: must be Bearer and a key, once";
 
 async fn service_with_keys() -> Service {
-    Service::start_with(Database::migrated().await, &[("AUTH", "keys")]).await
-}
-
-pub fn bearer(key: &str) -> String {
-    format!("{JSON}authorization: Bearer {key}\r\n")
+    Service::start_with(&[("AUTH", "keys")]).await
 }
 
 fn priced(price: &str) -> String {
@@ -33,11 +28,11 @@ fn priced(price: &str) -> String {
 #[tokio::test]
 async fn each_key_writes_what_is_its_own_and_everybody_reads() {
     let service = service_with_keys().await;
-    let db = &service.db.superuser;
-    let revoked = key_of(db, "a").await;
-    revoke(db, &revoked).await;
-    let (a, b) = (key_of(db, "a").await, key_of(db, "b").await);
-    let administrators = administrators_key(db).await;
+    let db = service.superuser();
+    let revoked = create_key(db, "a").await;
+    revoke_key(db, &revoked).await;
+    let (a, b) = (create_key(db, "a").await, create_key(db, "b").await);
+    let administrators = create_administrator_key(db).await;
     let unknown = a.replace("lk_", "lk_0");
     let mut connection = service.connect();
     let mut id = 1000;
@@ -116,8 +111,8 @@ async fn each_key_writes_what_is_its_own_and_everybody_reads() {
 #[tokio::test]
 async fn what_is_wrong_is_told_in_the_order_of_the_contract() {
     let service = service_with_keys().await;
-    let db = &service.db.superuser;
-    let (a, b) = (key_of(db, "a").await, key_of(db, "b").await);
+    let db = service.superuser();
+    let (a, b) = (create_key(db, "a").await, create_key(db, "b").await);
     run(db, &insert_owned(1, "'a'")).await;
     run(db, "select setval('listing_id_seq', 1)").await;
     let (too_large, stale) = ("x".repeat(65 * 1024), "if-match: \"0\"\r\n");
@@ -189,7 +184,7 @@ async fn what_is_wrong_is_told_in_the_order_of_the_contract() {
 #[tokio::test]
 async fn a_body_that_trickles_in_without_a_key_is_refused_for_want_of_the_key() {
     let service = service_with_keys().await;
-    let key = key_of(&service.db.superuser, "a").await;
+    let key = create_key(service.superuser(), "a").await;
     let begin = |headers: &str| {
         let mut connection = service.connect();
         let head = "POST /listings HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n";
@@ -204,9 +199,9 @@ async fn a_body_that_trickles_in_without_a_key_is_refused_for_want_of_the_key() 
 #[tokio::test]
 async fn a_refusal_says_what_to_send_and_no_more() {
     let service = service_with_keys().await;
-    let db = &service.db.superuser;
-    let (a, revoked) = (key_of(db, "a").await, key_of(db, "a").await);
-    revoke(db, &revoked).await;
+    let db = service.superuser();
+    let (a, revoked) = (create_key(db, "a").await, create_key(db, "a").await);
+    revoke_key(db, &revoked).await;
     run(db, &insert_owned(1, "'b'")).await;
     let missing = "authorization: is required, as Bearer and a key";
     for (headers, expected) in [
@@ -232,8 +227,8 @@ async fn a_refusal_says_what_to_send_and_no_more() {
 #[tokio::test]
 async fn the_header_is_read_in_one_way() {
     let service = service_with_keys().await;
-    let db = &service.db.superuser;
-    let key = key_of(db, "a").await;
+    let db = service.superuser();
+    let key = create_key(db, "a").await;
     let long = "k".repeat(8192);
     let sql = format!("insert into api_key (owner, key_sha256) values ('a', sha256('{long}'))");
     run(db, &sql).await;
@@ -298,10 +293,10 @@ async fn the_header_is_read_in_one_way() {
 #[tokio::test]
 async fn hostile_strings_are_strings() {
     let service = service_with_keys().await;
-    let db = &service.db.superuser;
+    let db = service.superuser();
     let hostile = r#"'; drop table listing; -- "$1" \' {"a"} 💥"#;
     let owner = hostile.replace('\'', "''");
-    let key = key_of(db, &owner).await;
+    let key = create_key(db, &owner).await;
     let name = serde_json::to_string(hostile).expect("JSON");
     let body = LOFT.replace(r#""Loft""#, &name);
     assert_eq!(
@@ -342,7 +337,7 @@ async fn hostile_strings_are_strings() {
 async fn a_write_is_logged_under_its_own_key_and_no_other() {
     let db = Database::migrated().await;
     // What a DBA has set for the role is no match for a key.
-    let url = service_url(&db).await;
+    let url = db.service_url().await;
     let role = format!("{}_login", db.name);
     run(
         &db.superuser,
@@ -359,10 +354,16 @@ async fn a_write_is_logged_under_its_own_key_and_no_other() {
     .await;
     // One connection for all of them.
     let settings = [("AUTH", "keys"), ("WORKERS", "1"), ("POOL_SIZE", "1")];
-    let service = Service::start_at(&url, db, &settings);
-    let db = &service.db.superuser;
-    let administrators = administrators_key(db).await;
-    let keys = [key_of(db, "a").await, key_of(db, "b").await, administrators];
+    let mut command = command(&url);
+    command.envs(settings);
+    let service = Service::run(command, &url, Some(db));
+    let db = service.superuser();
+    let administrators = create_administrator_key(db).await;
+    let keys = [
+        create_key(db, "a").await,
+        create_key(db, "b").await,
+        administrators,
+    ];
     let mut expected = Vec::new();
     for round in 0..20 {
         for (key, actor) in keys.iter().zip(["a", "b", "admin:1"]) {
@@ -392,9 +393,9 @@ async fn a_write_is_logged_under_its_own_key_and_no_other() {
 #[tokio::test]
 async fn without_keys_nobody_is_asked_and_the_role_stands_in_the_log() {
     let db = Database::migrated().await;
-    let key = key_of(&db.superuser, "a").await;
+    let key = create_key(&db.superuser, "a").await;
     run(&db.superuser, &insert_owned(7, "'b'")).await;
-    let service = Service::start_with(db, &[("AUTH", "off")]).await;
+    let service = Service::start_on(db, &[("AUTH", "off")]).await;
     for headers in [JSON, &bearer(&key), &bearer("\"")] {
         assert_eq!(service.send("POST", "/listings", headers, LOFT).status, 201);
         assert_eq!(
@@ -404,17 +405,14 @@ async fn without_keys_nobody_is_asked_and_the_role_stands_in_the_log() {
     }
     let sql = "select coalesce(owner, 'null'), changed_by = current_database() || '_login', count(*) from listing \
         join listing_price_log on listing_id = listing.id where new_price <> 1 group by 1, 2 order by 1";
-    assert_eq!(
-        rows(&service.db.superuser, sql).await,
-        ["b|t|1", "null|t|3"]
-    );
+    assert_eq!(rows(service.superuser(), sql).await, ["b|t|1", "null|t|3"]);
 }
 
 #[tokio::test]
 async fn a_write_that_waits_for_a_hand_over_is_refused() {
     let service = service_with_keys().await;
-    let db = &service.db.superuser;
-    let (a, b) = (key_of(db, "a").await, key_of(db, "b").await);
+    let db = service.superuser();
+    let (a, b) = (create_key(db, "a").await, create_key(db, "b").await);
     for (id, (method, body)) in (1..).zip([("PUT", LOFT), ("PATCH", "{}"), ("DELETE", "")]) {
         run(db, &insert_owned(id, "'a'")).await;
         run(
@@ -429,7 +427,7 @@ async fn a_write_that_waits_for_a_hand_over_is_refused() {
             "{method} {path} HTTP/1.1\r\nhost: x\r\n{headers}content-length: {length}\r\n\r\n{body}"
         );
         connection.write(request.as_bytes());
-        wait_for(&service, WAITING, "1").await;
+        service.db().wait_for(WAITING, "1").await;
         run(db, "commit").await;
         assert_eq!(connection.receive(method, &path).status, 403, "{method}");
         assert_eq!(service.send("PATCH", &path, &bearer(&b), "{}").status, 200);
@@ -456,9 +454,9 @@ fn write_without_pause(service: &Service, key: &str, stop: &AtomicBool) -> usize
 #[tokio::test(flavor = "multi_thread")]
 async fn the_owner_before_writes_nothing_after_a_hand_over() {
     let service = service_with_keys().await;
-    let db = &service.db.superuser;
+    let db = service.superuser();
     run(db, &insert_owned(1, "'a'")).await;
-    let keys = [key_of(db, "a").await, key_of(db, "b").await];
+    let keys = [create_key(db, "a").await, create_key(db, "b").await];
     let (stop, runtime) = (AtomicBool::new(false), &Handle::current());
     let written: Vec<_> = thread::scope(|scope| {
         let writers: Vec<_> = keys
@@ -510,10 +508,10 @@ async fn the_owner_before_writes_nothing_after_a_hand_over() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_key_writes_nothing_in_a_request_begun_after_its_revocation_on_any_instance() {
     let service = service_with_keys().await;
-    let db = &service.db.superuser;
+    let db = service.superuser();
     run(db, &insert_owned(1, "'a'")).await;
-    let another = Service::start_at(&service.url, Database::empty().await, &[("AUTH", "keys")]);
-    let current = Mutex::new(key_of(db, "a").await);
+    let another = Service::start_at(&service.url, &[("AUTH", "keys")]);
+    let current = Mutex::new(create_key(db, "a").await);
     let (stop, runtime) = (AtomicBool::new(false), Handle::current());
     // Of each answered request its key, when it began, and its status.
     let answers = Mutex::new(Vec::new());
@@ -551,10 +549,10 @@ async fn a_key_writes_nothing_in_a_request_begun_after_its_revocation_on_any_ins
             let round = |_| {
                 let key = current.lock().expect("the key").clone();
                 wait_for_an_answer(&key, 200);
-                runtime.block_on(revoke(db, &key));
+                runtime.block_on(revoke_key(db, &key));
                 let revoked = Instant::now();
                 wait_for_an_answer(&key, 401);
-                *current.lock().expect("the key") = runtime.block_on(key_of(db, "a"));
+                *current.lock().expect("the key") = runtime.block_on(create_key(db, "a"));
                 (key, revoked)
             };
             (0..300).map(round).collect::<HashMap<_, _>>()
@@ -582,11 +580,11 @@ async fn a_key_writes_nothing_in_a_request_begun_after_its_revocation_on_any_ins
 #[tokio::test]
 async fn a_key_is_looked_up_anew_when_the_connection_was_lost() {
     let service = service_with_keys().await;
-    let key = key_of(&service.db.superuser, "a").await;
+    let key = create_key(service.superuser(), "a").await;
     for lost in [false, true, true] {
         let cut = "select count(pg_terminate_backend(pid)) from pg_stat_activity where query ~ 'find_api_keys' \
             and datname = current_database() and pid <> pg_backend_pid() and state = 'idle'";
-        let cut = value(&service.db.superuser, cut).await;
+        let cut = value(service.superuser(), cut).await;
         assert_eq!(cut != "0", lost, "{cut}");
         let mut connection = service.connect();
         for _ in 0..4 {
@@ -614,9 +612,7 @@ fn assert_keeps_secret(text: &str, key: &str, hash: &[u8]) {
 #[tokio::test]
 async fn no_key_and_no_hash_is_written_down_anywhere() {
     // A server of its own, which logs every statement.
-    let cluster = Cluster::start();
-    let output = refinery(&cluster.url, &in_checkout("sql"));
-    assert!(output.status.success(), "{}", printed(&output));
+    let cluster = Cluster::migrated();
     let superuser = cluster.superuser().await;
     for sql in [
         "create role listing_service login password 'secret' in role listing_api",
@@ -637,8 +633,8 @@ async fn no_key_and_no_hash_is_written_down_anywhere() {
         ("RUST_LOG", "trace"),
         ("STATEMENT_TIMEOUT_MS", "2000"),
     ];
-    let service = Service::start_at(&url, Database::empty().await, &settings);
-    let key = key_of(&cluster.superuser().await, "a").await;
+    let service = Service::start_at(&url, &settings);
+    let key = create_key(&cluster.superuser().await, "a").await;
     let hash = superuser
         .query_one("select key_sha256 from api_key", &[])
         .await;
@@ -698,17 +694,17 @@ async fn a_key_is_looked_up_where_writes_are_taken() {
     let primary = Cluster::migrated();
     let replica = primary.standby();
     let superuser = primary.superuser().await;
-    let old = key_of(&superuser, "a").await;
+    let old = create_key(&superuser, "a").await;
     // Without target_session_attrs, the standby is read where the primary is gone.
-    let both = over(&primary, &[primary.address(), replica.address()]);
+    let both = through(&primary, &[primary.address(), replica.address()]);
     let settings = [("DATABASE_READ_URL", &*replica.url), ("AUTH", "keys")];
-    let service = crate::outage::service(&both, &settings).await;
+    let service = Service::start_at(&both, &settings);
     let created = service.send("POST", "/listings", &bearer(&old), LOFT);
     assert_eq!(created.status, 201);
-    let replaying = stop_behind_the_first_listing(&replica).await;
+    let replaying = pause_after_the_first_listing(&replica).await;
     // What the standby does not know yet.
-    let new = key_of(&superuser, "a").await;
-    revoke(&superuser, &old).await;
+    let new = create_key(&superuser, "a").await;
+    revoke_key(&superuser, &old).await;
     let write = |key: &str| {
         service
             .send("PATCH", "/listings/1", &bearer(key), "{}")

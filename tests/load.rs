@@ -8,14 +8,11 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use tokio::runtime::Handle;
 
-use crate::harness::{
-    Cluster, Database, OTHER_COLUMNS, OTHER_VALUES, assert_no_problem, rows, run, value,
+use crate::support::{
+    Cluster, Connection, Database, JSON, LOFT, Link, OTHER_COLUMNS, OTHER_VALUES, Service,
+    TWO_SECONDS, WAITING, assert_no_problem, bearer, create_administrator_key, create_key, rows,
+    run, through, value, within,
 };
-use crate::keys::bearer;
-use crate::outage::{Link, TWO_SECONDS, over, service, within};
-use crate::owners::{administrators_key, key_of};
-use crate::service::{Connection, JSON, LOFT, Service};
-use crate::start::{WAITING, wait_for};
 
 /// Listings 1 to 200 with some prices each; 201 to 204 around the length from which a history is read by itself, and around
 /// one and two pages of it.
@@ -62,8 +59,8 @@ async fn expected(db: &Database) -> HashMap<String, Value> {
 #[tokio::test(flavor = "multi_thread")]
 async fn thousands_of_reads_at_once_get_each_what_the_database_holds() {
     let service = Service::start().await;
-    fill(&service.db).await;
-    let expected = expected(&service.db).await;
+    fill(service.db()).await;
+    let expected = expected(service.db()).await;
     let (runtime, cuts) = (Handle::current(), AtomicUsize::new(0));
     thread::scope(|scope| {
         let clients: Vec<_> = (0..64_usize)
@@ -86,13 +83,10 @@ async fn thousands_of_reads_at_once_get_each_what_the_database_holds() {
                         // Another client asks for the same, and hangs up while it is worked on.
                         let gone = (turn % 8 == 5).then(|| {
                             let mut gone = service.connect();
-                            gone.write(
-                                format!("GET {path} HTTP/1.1\r\nhost: test\r\n\r\n").as_bytes(),
-                            );
+                            gone.request("GET", &path, "", "");
                             gone
                         });
-                        connection
-                            .write(format!("GET {path} HTTP/1.1\r\nhost: test\r\n\r\n").as_bytes());
+                        connection.request("GET", &path, "", "");
                         if gone.is_some() {
                             thread::sleep(Duration::from_micros(turn as u64 * 20));
                             drop(gone);
@@ -112,11 +106,7 @@ async fn thousands_of_reads_at_once_get_each_what_the_database_holds() {
         let breaker = scope.spawn(|| {
             for _ in 0..3 {
                 thread::sleep(Duration::from_secs(1));
-                assert!(
-                    !runtime
-                        .block_on(rows(&service.db.superuser, cut))
-                        .is_empty()
-                );
+                assert!(!runtime.block_on(rows(service.superuser(), cut)).is_empty());
                 cuts.fetch_add(1, Ordering::Relaxed);
             }
         });
@@ -130,7 +120,7 @@ async fn thousands_of_reads_at_once_get_each_what_the_database_holds() {
 /// A service with one worker, whose next read of a listing waits until the superuser says `commit`, and clients for more.
 async fn held_up(settings: &[(&str, &str)]) -> (Service, Connection, Vec<Connection>) {
     let settings = [&[("WORKERS", "1")], settings].concat();
-    let service = Service::start_with(Database::migrated().await, &settings).await;
+    let service = Service::start_with(&settings).await;
     let mut clients: Vec<_> = (0..4).map(|_| service.connect()).collect();
     for client in &mut clients {
         assert_eq!(client.send("GET", "/listings/1", "", "").status, 404);
@@ -139,15 +129,11 @@ async fn held_up(settings: &[(&str, &str)]) -> (Service, Connection, Vec<Connect
     let listings = format!(
         "insert into listing (price, {OTHER_COLUMNS}) select id, {OTHER_VALUES} from generate_series(1, 5000) as id"
     );
-    run(
-        &service.db.superuser,
-        &format!("{listings}; analyze listing"),
-    )
-    .await;
-    run(&service.db.superuser, "begin; lock table listing").await;
+    run(service.superuser(), &format!("{listings}; analyze listing")).await;
+    run(service.superuser(), "begin; lock table listing").await;
     let mut first = service.connect();
-    first.write(b"GET /listings/1 HTTP/1.1\r\nhost: test\r\n\r\n");
-    wait_for(&service, WAITING, "1").await;
+    first.request("GET", "/listings/1", "", "");
+    service.db().wait_for(WAITING, "1").await;
     (service, first, clients)
 }
 
@@ -162,7 +148,7 @@ async fn a_worker_with_nothing_to_do_sleeps() {
     };
     // While PostgreSQL takes its time, and while nobody asks for anything.
     assert_asleep();
-    run(&service.db.superuser, "commit").await;
+    run(service.superuser(), "commit").await;
     first.receive("GET", "/listings/1");
     assert_asleep();
 }
@@ -177,7 +163,7 @@ async fn a_row_that_cannot_be_read_fails_only_those_who_ask_for_it() {
     }
     // The one worker answers this behind all that was sent before.
     service.get("/listings/none");
-    run(&service.db.superuser, &format!("{breaks}; commit")).await;
+    run(service.superuser(), &format!("{breaks}; commit")).await;
     assert_eq!(first.receive("GET", "/listings/1").status, 200);
     let statuses: Vec<_> = clients
         .iter_mut()
@@ -191,7 +177,7 @@ async fn more_reads_than_may_wait_get_503_at_once() {
     let (service, mut first, mut clients) = held_up(&[("QUEUE_SIZE", "3")]).await;
     let mut refused = clients.pop().expect("a client");
     for client in &mut clients {
-        client.write(b"GET /listings/2 HTTP/1.1\r\nhost: test\r\n\r\n");
+        client.request("GET", "/listings/2", "", "");
     }
     let response = refused.send("GET", "/listings/2", "", "");
     assert_eq!(
@@ -207,7 +193,7 @@ async fn more_reads_than_may_wait_get_503_at_once() {
         refused.send("GET", "/listings/1/prices", "", "").status,
         200
     );
-    run(&service.db.superuser, "commit").await;
+    run(service.superuser(), "commit").await;
     for client in clients.iter_mut().chain([&mut first]) {
         assert_eq!(client.receive("GET", "/listings/2").status, 200);
     }
@@ -218,29 +204,29 @@ async fn those_who_hang_up_leave_their_place_to_others() {
     let (service, first, mut clients) = held_up(&[("QUEUE_SIZE", "3")]).await;
     let mut patient = clients.pop().expect("a client");
     for client in &mut clients {
-        client.write(b"GET /listings/2 HTTP/1.1\r\nhost: test\r\n\r\n");
+        client.request("GET", "/listings/2", "", "");
     }
     service.get("/listings/none");
     // All who wait, then also the one whose read is under way.
     drop(clients);
     service.get("/listings/none");
-    patient.write(b"GET /listings/3 HTTP/1.1\r\nhost: test\r\n\r\n");
+    patient.request("GET", "/listings/3", "", "");
     service.get("/listings/none");
     drop(first);
     service.get("/listings/none");
-    run(&service.db.superuser, "commit").await;
+    run(service.superuser(), "commit").await;
     assert_eq!(patient.receive("GET", "/listings/3").json()["id"], 3);
 }
 
 #[tokio::test]
 async fn a_long_history_is_what_a_short_one_would_be() {
     let service = Service::start().await;
-    fill(&service.db).await;
+    fill(service.db()).await;
     let path = "/listings/204/prices";
     let whole = service.get(path);
     let etag = whole.header("etag").expect("an ETag").to_owned();
     let last = value(
-        &service.db.superuser,
+        service.superuser(),
         "select max(id) from listing_price_log where listing_id = 204",
     )
     .await;
@@ -250,7 +236,7 @@ async fn a_long_history_is_what_a_short_one_would_be() {
     let head = service.send("HEAD", path, "", "");
     assert_eq!((head.status, head.header("etag")), (200, Some(&*etag)));
     run(
-        &service.db.superuser,
+        service.superuser(),
         "update listing set price = 0 where id = 204",
     )
     .await;
@@ -272,21 +258,21 @@ async fn reads_that_wait_leave_connections_over_for_writes() {
     let service = one_worker(&[("POOL_SIZE", "4"), ("POOL_WAIT_MS", "3000")]).await;
     service.post(LOFT).id();
     let lock = "begin; lock table listing_price_log";
-    run(&service.db.superuser, lock).await;
+    run(service.superuser(), lock).await;
     let mut clients: Vec<_> = (0..4).map(|_| service.connect()).collect();
     for client in &mut clients {
-        client.write(b"GET /listings/1/prices?limit=1 HTTP/1.1\r\nhost: test\r\n\r\n");
+        client.request("GET", "/listings/1/prices?limit=1", "", "");
     }
     let waiting = || service.admin("/metrics").text().to_owned();
     within(Duration::from_secs(5), "three who wait", || {
         waiting().contains(r#"database_pool_waiting{part="primary"} 3"#)
     });
-    assert_eq!(service.send("PATCH", "/listings/1", JSON, "{}").status, 200);
+    assert_eq!(service.patch("/listings/1", "{}").status, 200);
     // They wait no longer than for a connection.
     for mut client in clients.drain(1..) {
         assert_eq!(client.receive("GET", "/listings/1/prices").status, 503);
     }
-    run(&service.db.superuser, "commit").await;
+    run(service.superuser(), "commit").await;
     for client in &mut clients {
         assert_eq!(client.receive("GET", "/listings/1/prices").status, 200);
     }
@@ -294,7 +280,7 @@ async fn reads_that_wait_leave_connections_over_for_writes() {
 
 async fn one_worker(settings: &[(&str, &str)]) -> Service {
     let settings = [&[("WORKERS", "1")], settings].concat();
-    Service::start_with(Database::migrated().await, &settings).await
+    Service::start_with(&settings).await
 }
 
 /// Sends requests in such a way that the worker finds them all at once: the first two then go each by itself, the others
@@ -320,7 +306,7 @@ fn with_body(method: &str, path: &str, headers: &str, body: &str) -> String {
     )
 }
 
-pub fn insert(name: &str, headers: &str) -> String {
+fn insert(name: &str, headers: &str) -> String {
     with_body("POST", "/listings", headers, &LOFT.replace("Loft", name))
 }
 
@@ -337,7 +323,7 @@ async fn slow(service: &Service, name: &str, seconds: f32) {
             'begin perform pg_sleep({seconds}); return new; end'; \
         create trigger wait_{name} before insert on listing for each row when (new.name = '{name}') execute function wait_{name}()"
     );
-    run(&service.db.superuser, &slow).await;
+    run(service.superuser(), &slow).await;
 }
 
 const COMMITS: &str = "select count(distinct xact_id) from listing_price_log";
@@ -365,8 +351,8 @@ async fn inserts_that_arrive_together_share_a_commit_and_each_gets_its_own_listi
     ids.sort_unstable();
     ids.dedup();
     assert_eq!(ids.len(), NAMES.len());
-    assert_eq!(value(&service.db.superuser, COMMITS).await, "3");
-    assert_no_problem(&service.db.superuser).await;
+    assert_eq!(value(service.superuser(), COMMITS).await, "3");
+    assert_no_problem(service.superuser()).await;
 }
 
 /// As many listings as there are names, all with the same price, by one statement.
@@ -375,7 +361,7 @@ async fn listings(service: &Service) {
         "insert into listing (price, {OTHER_COLUMNS}) select 1, {OTHER_VALUES} from generate_series(1, {})",
         NAMES.len()
     );
-    run(&service.db.superuser, &listings).await;
+    run(service.superuser(), &listings).await;
 }
 
 fn reprice(id: i64, price: i64, headers: &str) -> String {
@@ -430,13 +416,13 @@ async fn updates_that_arrive_together_share_a_commit_and_each_gets_its_own_answe
     let logged = "select string_agg(listing_id || ':' || new_price, ' ' order by listing_id, id) from listing_price_log \
         where old_price is not null or listing_id > 8";
     let expected = "1:10.00 2:20.00 3:30.00 5:50.00 5:51.00 8:80.00 9:480000.00";
-    assert_eq!(value(&service.db.superuser, logged).await, expected);
+    assert_eq!(value(service.superuser(), logged).await, expected);
     // Each says when it was written, not when the first of its transaction was.
     let moments = "select count(distinct updated_date) from listing where price <> 1";
-    assert_eq!(value(&service.db.superuser, moments).await, "6");
+    assert_eq!(value(service.superuser(), moments).await, "6");
     // The listings' own, those of 1 and of 2, that of the others, and that of the last.
-    assert_eq!(value(&service.db.superuser, COMMITS).await, "5");
-    assert_no_problem(&service.db.superuser).await;
+    assert_eq!(value(service.superuser(), COMMITS).await, "5");
+    assert_no_problem(service.superuser()).await;
 }
 
 #[tokio::test]
@@ -444,7 +430,7 @@ async fn an_update_that_waits_for_a_lock_holds_up_no_other() {
     let service = one_worker(&[("STATEMENT_TIMEOUT_MS", "15000")]).await;
     listings(&service).await;
     let lock = "begin; update listing set price = 2 where id in (1, 2, 4, 8)";
-    run(&service.db.superuser, lock).await;
+    run(service.superuser(), lock).await;
     let mut waiting = Vec::new();
     // Two that go by themselves wait, then one of those that go together, twice: more than may be under way at a time.
     for ids in [1..=4, 5..=8, 3..=3] {
@@ -460,12 +446,12 @@ async fn an_update_that_waits_for_a_lock_holds_up_no_other() {
             }
         }
     }
-    wait_for(&service, WAITING, "4").await;
-    run(&service.db.superuser, "commit").await;
+    service.db().wait_for(WAITING, "4").await;
+    run(service.superuser(), "commit").await;
     for client in &mut waiting {
         assert_eq!(client.receive("PATCH", "/listings/1").status, 200);
     }
-    assert_no_problem(&service.db.superuser).await;
+    assert_no_problem(service.superuser()).await;
 }
 
 #[tokio::test]
@@ -477,14 +463,14 @@ async fn an_insert_that_is_refused_takes_no_other_along() {
         for each row when (new.name = 'f') execute function no_f()";
     for rule in [at_once, late] {
         let service = one_worker(&[]).await;
-        run(&service.db.superuser, rule).await;
+        run(service.superuser(), rule).await;
         let mut clients = inserts_together(&service, &NAMES);
         service.signal("-CONT");
         for (client, name) in clients.iter_mut().zip(NAMES) {
             let status = client.receive("POST", "/listings").status;
             assert_eq!(status, if name == "f" { 500 } else { 201 }, "{name}");
         }
-        assert_eq!(value(&service.db.superuser, ALL_NAMES).await, "abcdegh");
+        assert_eq!(value(service.superuser(), ALL_NAMES).await, "abcdegh");
         assert_eq!(service.logged("no_f").len(), 1);
     }
 }
@@ -499,13 +485,13 @@ async fn inserts_that_get_into_each_others_way_are_all_done() {
             return new; end'; \
         grant usage on sequence tries to public; \
         create trigger deadlock before insert on listing for each row when (new.name = 'f') execute function deadlock()";
-    run(&service.db.superuser, rule).await;
+    run(service.superuser(), rule).await;
     let mut clients = inserts_together(&service, &NAMES);
     service.signal("-CONT");
     for client in &mut clients {
         client.receive("POST", "/listings").id();
     }
-    assert_eq!(value(&service.db.superuser, ALL_NAMES).await, "abcdefgh");
+    assert_eq!(value(service.superuser(), ALL_NAMES).await, "abcdefgh");
 }
 
 #[tokio::test]
@@ -517,7 +503,7 @@ async fn an_insert_whose_client_hangs_up_in_time_is_not_done() {
     for client in &mut clients {
         client.receive("POST", "/listings").id();
     }
-    assert_eq!(value(&service.db.superuser, ALL_NAMES).await, "abcdegh");
+    assert_eq!(value(service.superuser(), ALL_NAMES).await, "abcdegh");
 }
 
 #[tokio::test]
@@ -525,9 +511,9 @@ async fn writes_of_many_keys_are_each_logged_under_their_own() {
     let service = one_worker(&[("AUTH", "keys")]).await;
     let mut headers = Vec::new();
     for owner in ["left", "right"] {
-        headers.push(bearer(&key_of(&service.db.superuser, owner).await));
+        headers.push(bearer(&create_key(service.superuser(), owner).await));
     }
-    headers.push(bearer(&administrators_key(&service.db.superuser).await));
+    headers.push(bearer(&create_administrator_key(service.superuser()).await));
     let writes = NAMES.iter().zip(headers.iter().cycle());
     let inserts: Vec<_> = writes
         .map(|(name, headers)| insert(name, headers))
@@ -550,13 +536,13 @@ async fn writes_of_many_keys_are_each_logged_under_their_own() {
             "select string_agg(name || ' ' || coalesce(owner, '') || ' ' || changed_by, ', ' order by name) \
             from listing join listing_price_log on listing_id = listing.id where {of_these}"
         );
-        assert_eq!(value(&service.db.superuser, &logged).await, expected);
+        assert_eq!(value(service.superuser(), &logged).await, expected);
         // How many depends on whether the first is done before the answer about the other keys is there.
         let together =
             format!("select count(distinct xact_id) < 8 from listing_price_log where {of_these}");
-        assert_eq!(value(&service.db.superuser, &together).await, "t");
+        assert_eq!(value(service.superuser(), &together).await, "t");
     }
-    assert_no_problem(&service.db.superuser).await;
+    assert_no_problem(service.superuser()).await;
 }
 
 #[tokio::test]
@@ -573,7 +559,7 @@ async fn inserts_that_wait_too_long_for_their_turn_get_503_and_are_not_done() {
     assert_eq!(statuses, [201, 201, 503, 503]);
     // Behind whatever was still to be done.
     service.post(LOFT).id();
-    assert_eq!(value(&service.db.superuser, ALL_NAMES).await, "Loftab");
+    assert_eq!(value(service.superuser(), ALL_NAMES).await, "Loftab");
 }
 
 #[tokio::test]
@@ -585,7 +571,7 @@ async fn inserts_under_way_may_take_longer_than_anybody_waits_for_a_turn() {
     for client in &mut clients {
         client.receive("POST", "/listings").id();
     }
-    assert_eq!(value(&service.db.superuser, COMMITS).await, "3");
+    assert_eq!(value(service.superuser(), COMMITS).await, "3");
 }
 
 #[tokio::test]
@@ -601,25 +587,25 @@ async fn an_insert_that_takes_too_long_gets_504_and_holds_up_no_other() {
     }
     assert!(begun.elapsed() < Duration::from_secs(5));
     assert_eq!(too_long.receive("POST", "/listings").status, 504);
-    assert_eq!(value(&service.db.superuser, ALL_NAMES).await, "abcdegh");
+    assert_eq!(value(service.superuser(), ALL_NAMES).await, "abcdegh");
 }
 
 #[tokio::test]
 async fn an_insert_whose_client_has_hung_up_is_not_tried_again() {
     let service = one_worker(&[("STATEMENT_TIMEOUT_MS", "15000")]).await;
     let rule = "alter table listing add constraint no_h check (name <> 'h')";
-    run(&service.db.superuser, rule).await;
+    run(service.superuser(), rule).await;
     slow(&service, "f", 1.5).await;
     let mut clients = inserts_together(&service, &NAMES);
     service.signal("-CONT");
-    wait_for(&service, SLEEPING, "1").await;
+    service.db().wait_for(SLEEPING, "1").await;
     drop(clients.remove(3));
     let statuses: Vec<_> = clients
         .iter_mut()
         .map(|client| client.receive("POST", "/listings").status)
         .collect();
     assert_eq!(statuses, [201, 201, 201, 201, 201, 201, 500]);
-    assert_eq!(value(&service.db.superuser, ALL_NAMES).await, "abcefg");
+    assert_eq!(value(service.superuser(), ALL_NAMES).await, "abcefg");
 }
 
 #[tokio::test]
@@ -644,7 +630,7 @@ async fn inserts_whose_transaction_did_not_begin_are_done_on_another_connection(
     let cluster = Cluster::migrated();
     let link = Link::to(&cluster);
     let settings = [("WORKERS", "1"), ("POOL_WAIT_MS", "20000")];
-    let service = service(&over(&cluster, &[&link.address]), &settings).await;
+    let service = Service::start_at(&through(&cluster, &[&link.address]), &settings);
     let superuser = cluster.superuser().await;
     let all_of_three_connections_are_in_use = || {
         let metrics = service.admin("/metrics");
@@ -668,7 +654,7 @@ async fn inserts_whose_transaction_did_not_begin_are_done_on_another_connection(
     link.cut(true);
     service.signal("-CONT");
     within(TWO_SECONDS, "a wait", all_of_three_connections_are_in_use);
-    link.hang_up();
+    link.close_connections();
     link.cut(false);
     let statuses: Vec<_> = clients
         .iter_mut()
@@ -684,15 +670,15 @@ async fn inserts_under_way_together_outlive_their_connection() {
     slow(&service, "f", 1.0).await;
     let mut clients = inserts_together(&service, &NAMES);
     service.signal("-CONT");
-    wait_for(&service, SLEEPING, "1").await;
+    service.db().wait_for(SLEEPING, "1").await;
     let end = "select pg_terminate_backend(pid) from pg_stat_activity \
         where wait_event = 'PgSleep' and datname = current_database()";
-    assert_eq!(value(&service.db.superuser, end).await, "t");
+    assert_eq!(value(service.superuser(), end).await, "t");
     // PostgreSQL said that it has ended it, so it is done again.
     for client in &mut clients {
         client.receive("POST", "/listings").id();
     }
-    assert_eq!(value(&service.db.superuser, ALL_NAMES).await, "abcdefgh");
-    assert_eq!(value(&service.db.superuser, COMMITS).await, "3");
-    assert_no_problem(&service.db.superuser).await;
+    assert_eq!(value(service.superuser(), ALL_NAMES).await, "abcdefgh");
+    assert_eq!(value(service.superuser(), COMMITS).await, "3");
+    assert_no_problem(service.superuser()).await;
 }

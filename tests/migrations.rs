@@ -10,9 +10,9 @@ use tempfile::TempDir;
 use tokio_postgres::Client;
 use tokio_postgres::types::Type;
 
-use crate::harness::{
-    Cluster, Database, HISTORY, OTHER_COLUMNS, OTHER_VALUES, assert_no_problem, in_checkout,
-    insert_listing, printed, program, refinery, rows, run, succeed, value,
+use crate::support::{
+    Cluster, Database, HISTORY, OTHER_COLUMNS, OTHER_VALUES, assert_no_problem, connect,
+    in_checkout, insert_listing, printed, program, refinery, rows, run, succeed, value,
 };
 
 /// The table as the earlier services made it, and their database with the clock of a server outside UTC.
@@ -540,8 +540,7 @@ async fn a_role_that_may_not_create_roles_is_told_what_to_run() {
     assert!(output.status.success(), "{}", printed(&output));
     // All of it belongs to a role without any privilege of its own, and works.
     let mut config = cluster.config.clone();
-    let builder =
-        crate::harness::connect(config.user("builder").password("secret").dbname("built")).await;
+    let builder = connect(config.user("builder").password("secret").dbname("built")).await;
     run(
         &builder,
         &format!("insert into listing (price, {OTHER_COLUMNS}) values (1, {OTHER_VALUES})"),

@@ -2,31 +2,10 @@
 
 use tokio_postgres::Client;
 
-use crate::harness::{
-    Database, OTHER_COLUMNS, OTHER_VALUES, in_checkout, insert_listing, printed, refusal, rows,
-    run, value,
+use crate::support::{
+    Database, OTHER_COLUMNS, OTHER_VALUES, create_administrator_key, create_key, in_checkout,
+    insert_listing, insert_owned, printed, refusal, revoke_key, rows, run, value,
 };
-
-/// A new key of an owner.
-pub async fn key_of(client: &Client, owner: &str) -> String {
-    value(client, &format!("select create_api_key('{owner}')")).await
-}
-
-pub async fn administrators_key(client: &Client) -> String {
-    value(client, "select create_api_key(administrator => true)").await
-}
-
-pub async fn revoke(client: &Client, key: &str) {
-    let sql = format!("select revoke_api_key(id) from api_key where key_sha256 = sha256('{key}')");
-    value(client, &sql).await;
-}
-
-/// The statement that inserts a listing of an owner, who is written as SQL.
-pub fn insert_owned(id: i32, owner: &str) -> String {
-    format!(
-        "insert into listing (id, price, owner, {OTHER_COLUMNS}) values ({id}, 1, {owner}, {OTHER_VALUES})"
-    )
-}
 
 #[tokio::test]
 async fn a_key_is_random_shown_once_and_kept_as_a_hash() {
@@ -77,7 +56,7 @@ async fn a_key_has_an_owner_with_a_name_or_is_an_administrators() {
         "Société d’agences",
         "a:3",
     ] {
-        key_of(&db.superuser, name).await;
+        create_key(&db.superuser, name).await;
     }
     let short = refusal(
         &db.superuser,
@@ -93,9 +72,9 @@ async fn a_key_has_an_owner_with_a_name_or_is_an_administrators() {
 async fn a_revoked_key_stays_in_the_list_with_the_moment_of_its_end() {
     let db = Database::migrated().await;
     for owner in ["a", "b"] {
-        key_of(&db.superuser, owner).await;
+        create_key(&db.superuser, owner).await;
     }
-    administrators_key(&db.superuser).await;
+    create_administrator_key(&db.superuser).await;
     let revoked = value(&db.superuser, "select revoke_api_key(2)").await;
     assert_eq!(
         value(&db.superuser, "select revoke_api_key(2)").await,
@@ -149,10 +128,10 @@ async fn listings_are_handed_over_and_taken_back() {
 async fn each_role_gets_at_keys_and_owners_as_far_as_it_needs() {
     let db = Database::migrated().await;
     let (valid, revoked) = (
-        key_of(&db.superuser, "a").await,
-        key_of(&db.superuser, "b").await,
+        create_key(&db.superuser, "a").await,
+        create_key(&db.superuser, "b").await,
     );
-    revoke(&db.superuser, &revoked).await;
+    revoke_key(&db.superuser, &revoked).await;
     run(&db.superuser, &insert_owned(1, "'a'")).await;
     let service = db.login("service", "in role listing_api").await;
     let auditor = db.login("auditor", "in role listing_auditor").await;

@@ -1,6 +1,6 @@
 //! Each way in which the log can go wrong is reported with a statement that mends it.
 
-use crate::harness::{Database, assert_no_problem, insert_listing, rows, run, value};
+use crate::support::{Database, assert_no_problem, insert_listing, rows, run, value};
 
 /// Makes a problem on a database where listing 1 costs 3 after 1 and 2 and listing 2 costs 5, asserts how it is reported,
 /// follows the advice to the letter, and asserts that all is well.

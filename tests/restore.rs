@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use tokio_postgres::Client;
 
-use crate::harness::{
+use crate::support::{
     Cluster, Database, assert_no_problem, connect, in_checkout, insert_listing, printed, program,
     refinery, rows, run, succeed,
 };

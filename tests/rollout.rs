@@ -1,26 +1,19 @@
-//! More of everything: several instances behind a proxy, and more requests than can be served.
+//! Several instances behind a proxy, and more requests than the service can handle.
 
 use std::io::Write;
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use serde_json::json;
+use crate::support::{
+    Connection, Database, JSON, LOFT, OTHER_COLUMNS, OTHER_VALUES, OnDrop, PROGRAM, Response,
+    Service, TWO_SECONDS, WAITING, free_address, in_checkout, printed, run, value, with_settings,
+    within,
+};
 
-use crate::harness::{Database, OTHER_COLUMNS, OTHER_VALUES, printed, run, value};
-use crate::outage::{Finally, Reply, TWO_SECONDS, ask, within};
-use crate::service::{Connection, JSON, LOFT, PROGRAM, Service, service_url, with_settings};
-use crate::start::{WAITING, wait_for};
-
-/// An address that nobody uses.
-pub fn free_address() -> String {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("a listener");
-    listener.local_addr().expect("its address").to_string()
-}
-
-/// HAProxy in front of instances, as the README has it.
+/// HAProxy in front of two instances, with the configuration from the documentation.
 struct Proxy {
     address: String,
     child: Child,
@@ -29,11 +22,14 @@ struct Proxy {
 impl Proxy {
     fn start(instances: &[[String; 2]]) -> Self {
         let address = free_address();
-        let readme = std::fs::read_to_string(crate::harness::in_checkout("README.md"));
-        let readme = readme.expect("the README");
-        let (_, config) = readme.split_once("```haproxy\n").expect("a configuration");
-        let (config, _) = config.split_once("   ```").expect("its end");
-        let mut config = config.replace("bind :80\n", &format!("bind {address}\n"));
+        let page = std::fs::read_to_string(in_checkout("docs/high-availability.md"))
+            .or_else(|_| std::fs::read_to_string(in_checkout("README.md")))
+            .expect("read the documentation");
+        let (_, config) = page.split_once("```haproxy\n").expect("a configuration");
+        let (config, _) = config.split_once("```").expect("the end of the block");
+        // HAProxy refuses a file whose last line does not end.
+        let mut config = format!("{}\n", config.trim_end());
+        config = config.replace("bind :80\n", &format!("bind {address}\n"));
         let listed = ["10.0.0.1", "10.0.0.2"]
             .map(|host| [format!("{host}:8080"), format!("{host} port 8081")]);
         for ([api, admin], [listen, check]) in instances.iter().zip(listed) {
@@ -50,16 +46,25 @@ impl Proxy {
             .stderr(Stdio::null())
             .spawn()
             .expect("haproxy: install it (apt-get install haproxy, brew install haproxy)");
-        let mut stdin = child.stdin.take().expect("a pipe");
-        stdin.write_all(config.as_bytes()).expect("a configuration");
+        let mut stdin = child.stdin.take().expect("stdin is a pipe");
+        stdin
+            .write_all(config.as_bytes())
+            .expect("write the configuration");
         Self { address, child }
+    }
+
+    /// Sends a request on a connection of its own. The response may be HAProxy's, which the OpenAPI document does not describe.
+    fn send(&self, method: &str, body: &str) -> std::io::Result<Response> {
+        let mut connection = Connection::try_to(&self.address)?;
+        connection.try_request(method, "/listings/1", JSON, body.as_bytes())?;
+        connection.try_receive_unchecked(method)
     }
 }
 
 impl Drop for Proxy {
     fn drop(&mut self) {
-        self.child.kill().expect("its end");
-        self.child.wait().expect("its end");
+        self.child.kill().expect("kill HAProxy");
+        self.child.wait().expect("wait for HAProxy");
     }
 }
 
@@ -70,84 +75,81 @@ async fn a_rolling_restart_behind_a_proxy_fails_no_request() {
         [free_address(), free_address()],
     ];
     let db = Database::migrated().await;
-    let url = service_url(&db).await;
-    let mut databases = Vec::new();
-    for _ in 0..4 {
-        databases.push(Database::empty().await);
-    }
-    let start = |[api, admin]: &[String; 2], db| {
+    let url = db.service_url().await;
+    let start = |[api, admin]: &[String; 2]| {
         let settings = [
             ("LISTEN_ADDR", &**api),
             ("ADMIN_ADDR", admin),
             ("SHUTDOWN_DELAY_MS", "1000"),
         ];
-        Service::start_at(&url, db, &settings)
+        Service::start_at(&url, &settings)
     };
-    let mut instances: Vec<_> = addresses
-        .iter()
-        .map(|addresses| start(addresses, databases.pop().expect("one more")))
-        .collect();
+    let mut instances: Vec<_> = addresses.iter().map(start).collect();
     instances[0].post(LOFT);
     let proxy = Proxy::start(&addresses);
-    let both =
-        || ask(&proxy.address, "GET", "/listings/1", "", "").is_ok_and(|reply| reply.status == 200);
-    within(Duration::from_secs(10), "the proxy", both);
+    within(
+        Duration::from_secs(10),
+        "a response through the proxy",
+        || {
+            proxy
+                .send("GET", "")
+                .is_ok_and(|response| response.status == 200)
+        },
+    );
 
-    // The schema is upgraded first: what serves goes on serving, and what starts before its own upgrade starts.
-    let ahead = "insert into refinery_schema_history values (99, 'from_the_future', '2026-01-01T00:00:00Z', '1')";
-    run(&db.superuser, ahead).await;
+    // The schema is upgraded before the instances: running instances keep serving, and old ones can still start.
+    let newer = "insert into refinery_schema_history values (99, 'from_the_future', '2026-01-01T00:00:00Z', '1')";
+    run(&db.superuser, newer).await;
     let (done, served) = (AtomicBool::new(false), AtomicUsize::new(0));
     thread::scope(|scope| {
         let clients: Vec<_> = (0..4)
             .map(|client| {
                 let (done, served, proxy) = (&done, &served, &proxy);
                 scope.spawn(move || {
-                    // Half of them connect anew for each request.
-                    let mut connection = Connection::to(&proxy.address);
+                    // Half of the clients open a new connection for each request.
+                    let mut kept = Connection::to(&proxy.address);
                     for turn in 0.. {
                         if done.load(Ordering::Relaxed) {
                             return;
                         }
                         let method = ["GET", "PATCH"][turn % 2];
                         let body = ["", r#"{"rooms_count":2}"#][turn % 2];
-                        let status = if client % 2 == 0 {
-                            connection.send(method, "/listings/1", JSON, body).status
+                        let response = if client % 2 == 0 {
+                            kept.send(method, "/listings/1", JSON, body)
                         } else {
-                            let reply = ask(&proxy.address, method, "/listings/1", JSON, body);
-                            reply.expect("an answer").status
+                            proxy.send(method, body).expect("a response")
                         };
-                        assert_eq!(status, 200);
+                        assert_eq!(response.status, 200, "{response:?}");
                         served.fetch_add(1, Ordering::Relaxed);
                     }
                 })
             })
             .collect();
-        let end = Finally(|| done.store(true, Ordering::Relaxed));
+        let end = OnDrop(|| done.store(true, Ordering::Relaxed));
         for addresses in &addresses {
             let mut instance = instances.remove(0);
             instance.signal("-TERM");
             assert_eq!(instance.wait(), Some(0));
-            instances.push(start(addresses, databases.pop().expect("one more")));
-            let ready = || instances[1].admin("/health/ready").status == 200;
-            within(TWO_SECONDS, "ready", ready);
-            let asked = || {
-                instances[1]
-                    .log()
-                    .iter()
-                    .any(|line| line.contains(" /listings/1 "))
-            };
-            within(Duration::from_secs(10), "requests by the proxy", asked);
+            instances.push(start(addresses));
+            let new = &instances[1];
+            within(TWO_SECONDS, "ready", || {
+                new.admin("/health/ready").status == 200
+            });
+            within(Duration::from_secs(10), "a request from the proxy", || {
+                new.log().iter().any(|line| line.contains(" /listings/1 "))
+            });
         }
         drop(end);
         for client in clients {
-            client.join().expect("no failure");
+            client.join().expect("a client without a failure");
         }
     });
     assert!(served.load(Ordering::Relaxed) > 100);
     let warned = "the database has V99__from_the_future, which this release does not know: a newer one is on its way";
     assert_eq!(instances[0].logged(warned).len(), 1);
 
-    // Where none is ready, because the database takes no writes, they are asked all the same: they say it better than a proxy.
+    // If no instance is ready because the database is read-only, HAProxy still sends requests: the service serves reads and
+    // explains why it refuses writes.
     let read_only = format!(
         "alter database {} set default_transaction_read_only = on",
         db.name
@@ -160,94 +162,94 @@ async fn a_rolling_restart_behind_a_proxy_fails_no_request() {
             instance.admin("/health/ready").status == 503
         });
     }
-    let message =
-        json!({"message": "the database cannot be reached at the moment, try again later"});
+    let message = r#"{"message":"the database cannot be reached at the moment, try again later"}"#;
     within(TWO_SECONDS, "a refusal by the service", || {
-        let refused = ask(&proxy.address, "PATCH", "/listings/1", JSON, "{}").expect("an answer");
-        (refused.status, refused.json()) == (503, message.clone())
+        let refused = proxy.send("PATCH", "{}").expect("a response");
+        refused.status == 503 && refused.text() == message
     });
-    let read = ask(&proxy.address, "GET", "/listings/1", "", "").expect("an answer");
+    let read = proxy.send("GET", "").expect("a response");
     assert_eq!(read.status, 200);
 }
 
-/// Requests of this many clients at once, each on a connection of its own.
-fn crowd(service: &Service, size: usize, path: impl Fn(usize) -> String) -> Vec<JoinHandle<Reply>> {
+/// Sends this many requests at the same time, each on a connection of its own.
+fn patch_at_once(
+    service: &Service,
+    count: usize,
+    path: impl Fn(usize) -> String,
+) -> Vec<JoinHandle<Response>> {
     let client = |number| {
         let (address, path) = (service.address.clone(), path(number));
-        thread::spawn(move || ask(&address, "PATCH", &path, JSON, "{}").expect("an answer"))
+        thread::spawn(move || Connection::to(&address).send("PATCH", &path, JSON, "{}"))
     };
-    (0..size).map(client).collect()
+    (0..count).map(client).collect()
 }
 
 #[tokio::test]
-async fn a_locked_listing_delays_its_own_writers_alone() {
-    // Fewer places than writers of the one listing.
+async fn a_locked_listing_delays_only_its_own_writers() {
+    // A queue that is shorter than the number of writers of the one listing, and one that is longer.
     let few = [("WORKERS", "2"), ("POOL_SIZE", "4"), ("QUEUE_SIZE", "10")];
     let many = [("WORKERS", "16")];
     let long = [("STATEMENT_TIMEOUT_MS", "30000")];
     for settings in [&few[..], &many] {
-        let all = [settings, &long].concat();
-        let service = Service::start_with(Database::migrated().await, &all).await;
+        let service = Service::start_with(&[settings, &long].concat()).await;
         service.post(LOFT);
         service.post(LOFT);
-        run(
-            &service.db.superuser,
-            "begin; update listing set price = 1 where id = 1",
-        )
-        .await;
-        let delayed = crowd(&service, 40, |_| "/listings/1".to_owned());
-        // One on each worker. The others wait for their turn without a connection.
+        let lock = "begin; update listing set price = 1 where id = 1";
+        run(service.superuser(), lock).await;
+        let delayed = patch_at_once(&service, 40, |_| "/listings/1".to_owned());
+        // One on each worker. The others wait in the row queue, without a connection.
         let one_each = format!("select ({WAITING}) between 1 and {}", settings[0].1);
-        wait_for(&service, &one_each, "t").await;
+        service.db().wait_for(&one_each, "t").await;
         for _ in 0..50 {
             for (method, path) in [
                 ("PATCH", "/listings/2"),
                 ("GET", "/listings/1"),
                 ("GET", "/listings?limit=1"),
             ] {
-                let reply = ask(&service.address, method, path, JSON, "{}").expect("an answer");
-                assert_eq!(reply.status, 200);
-                assert!(reply.took < Duration::from_secs(1), "{reply:?}");
+                let body = if method == "GET" { "" } else { "{}" };
+                let response = service.send(method, path, JSON, body);
+                assert_eq!(response.status, 200);
+                assert!(response.took < Duration::from_secs(1), "{response:?}");
             }
         }
-        assert_eq!(value(&service.db.connect().await, &one_each).await, "t");
-        run(&service.db.superuser, "rollback").await;
+        assert_eq!(value(&service.db().connect().await, &one_each).await, "t");
+        run(service.superuser(), "rollback").await;
         for delayed in delayed {
-            let reply = delayed.join().expect("a reply");
-            assert!([200, 503].contains(&reply.status), "{reply:?}");
+            let response = delayed.join().expect("a response");
+            assert!([200, 503].contains(&response.status), "{response:?}");
         }
-        assert_eq!(service.send("PATCH", "/listings/1", JSON, "{}").status, 200);
+        assert_eq!(service.patch("/listings/1", "{}").status, 200);
     }
 }
 
 #[tokio::test]
-async fn more_requests_than_can_wait_are_refused_at_once_and_it_recovers_at_once() {
+async fn requests_beyond_the_queue_get_503_at_once_and_the_service_recovers_at_once() {
     let settings = [("POOL_SIZE", "4"), ("WORKERS", "1"), ("QUEUE_SIZE", "50")];
-    let service = Service::start_with(Database::migrated().await, &settings).await;
+    let service = Service::start_with(&settings).await;
     let listings = format!(
         "insert into listing (price, {OTHER_COLUMNS}) select id, {OTHER_VALUES} from generate_series(1, 1000) as id"
     );
-    run(&service.db.superuser, &listings).await;
-    run(&service.db.superuser, "begin; lock table listing").await;
-    let crowd = crowd(&service, 800, |number| format!("/listings/{}", number + 1));
-    let replies: Vec<_> = crowd
+    run(service.superuser(), &listings).await;
+    run(service.superuser(), "begin; lock table listing").await;
+    let path = |number| format!("/listings/{}", number + 1);
+    let responses: Vec<_> = patch_at_once(&service, 800, path)
         .into_iter()
-        .map(|client| client.join().expect("a reply"))
+        .map(|client| client.join().expect("a response"))
         .collect();
-    let refused: Vec<_> = replies
+    let refused: Vec<_> = responses
         .iter()
-        .filter(|reply| reply.status == 503 && reply.body.contains("too many requests"))
+        .filter(|response| response.status == 503 && response.text().contains("too many requests"))
         .collect();
-    // All but 2 under way and 50 that wait to go with others. Fewer only where some come so late that they find a place again.
+    // All but those in flight and the 50 in the queue. Fewer if some come so late that the queue has room again.
     assert!((700..=748).contains(&refused.len()), "{}", refused.len());
-    let retry = |reply: &&Reply| reply.header("retry-after") == Some("1");
-    assert!(refused.iter().all(retry));
-    // Two seconds to go with others, as long for a connection, and once more where those were refused; five for the statement.
-    let longest = replies.iter().map(|reply| reply.took).max();
+    let says_when = |response: &&Response| response.header("retry-after") == Some("1");
+    assert!(refused.iter().all(says_when));
+    // Two seconds in each queue, five for the statement.
+    let longest = responses.iter().map(|response| response.took).max();
     assert!(longest < Some(Duration::from_secs(12)), "{longest:?}");
     let slow = refused
         .iter()
-        .filter(|reply| reply.took > Duration::from_secs(1))
+        .filter(|response| response.took > Duration::from_secs(1))
         .count();
     assert!(slow * 10 < refused.len(), "{slow}");
     assert!(
@@ -255,51 +257,50 @@ async fn more_requests_than_can_wait_are_refused_at_once_and_it_recovers_at_once
         "{} KiB",
         service.resident_kib()
     );
-    run(&service.db.superuser, "rollback").await;
+    run(service.superuser(), "rollback").await;
     let begun = Instant::now();
-    for reply in self::crowd(&service, 50, |number| format!("/listings/{}", number + 1)) {
-        let reply = reply.join().expect("a reply");
-        assert_eq!(reply.status, 200, "{reply:?}");
+    for response in patch_at_once(&service, 50, path) {
+        let response = response.join().expect("a response");
+        assert_eq!(response.status, 200, "{response:?}");
     }
     assert!(begun.elapsed() < TWO_SECONDS, "{:?}", begun.elapsed());
 }
 
-/// The program with no more than so many open files.
-fn with_files(files: usize, url: &str) -> Command {
+/// The program with a limit of open files.
+fn with_file_limit(files: usize, url: &str) -> Command {
     let mut command = Command::new("/bin/sh");
     command.args(["-c", &format!("ulimit -n {files} && exec \"$0\""), PROGRAM]);
     with_settings(command, url)
 }
 
 #[tokio::test]
-async fn a_crowd_of_clients_leaves_files_over_for_the_database() {
+async fn many_clients_leave_open_files_for_the_database() {
     let db = Database::migrated().await;
-    let url = service_url(&db).await;
-    let refused = with_files(100, &url).output().expect("the program");
+    let url = db.service_url().await;
+    let refused = with_file_limit(100, &url)
+        .output()
+        .expect("run the program");
+    let refused = printed(&refused);
     let message = "listing-api: 100 open files are too few: it takes ";
-    assert!(
-        printed(&refused).starts_with(message),
-        "{}",
-        printed(&refused)
-    );
+    assert!(refused.starts_with(message), "{refused}");
 
-    let mut command = with_files(250, &url);
+    let mut command = with_file_limit(250, &url);
     command.env("WORKERS", "2");
-    let service = Service::run(command, &url, db);
+    let service = Service::run(command, &url, Some(db));
     let mut early = service.connect();
     assert_eq!(early.send("GET", "/listings/1", "", "").status, 404);
-    let crowd: Vec<_> = (0..400)
-        .map(|_| TcpStream::connect(&service.address).expect("a connection"))
+    let idle: Vec<_> = (0..400)
+        .map(|_| TcpStream::connect(&service.address).expect("connect"))
         .collect();
-    // Its connections to the database are yet to be made.
+    // The pool opens its connections to the database only now.
     for (method, path, body, status) in [
         ("POST", "/listings", LOFT, 201),
         ("GET", "/listings/1/prices", "", 200),
     ] {
         assert_eq!(early.send(method, path, JSON, body).status, status);
     }
-    drop(crowd);
-    within(TWO_SECONDS, "a newcomer", || {
-        ask(&service.address, "GET", "/listings/1", "", "").is_ok_and(|reply| reply.status == 200)
+    drop(idle);
+    within(TWO_SECONDS, "a response to a new client", || {
+        service.get("/listings/1").status == 200
     });
 }

@@ -6,8 +6,10 @@ use std::time::{Duration, Instant};
 
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 
-use crate::harness::{Cluster, Database, in_checkout, printed, refinery, run, value};
-use crate::service::{Connection, JSON, LOFT, Service, command, service_url};
+use crate::support::{
+    Cluster, Connection, Database, JSON, LOFT, Service, WAITING, command, printed, run, succeed,
+    value,
+};
 
 /// Asserts that the program ends within 10 s with exit code 1 and exactly this sentence.
 fn assert_refuses(mut command: Command, sentence: &str) {
@@ -128,7 +130,7 @@ async fn a_database_that_does_not_fit_is_refused_with_the_mend() {
     );
 
     let db = Database::migrated().await;
-    let url = service_url(&db).await;
+    let url = db.service_url().await;
     run(
         &db.superuser,
         "delete from refinery_schema_history where version >= 5",
@@ -153,7 +155,7 @@ async fn a_database_that_does_not_fit_is_refused_with_the_mend() {
 #[tokio::test]
 async fn a_database_that_cannot_be_reached_is_named_as_the_reason() {
     let db = Database::migrated().await;
-    let url = service_url(&db).await;
+    let url = db.service_url().await;
     for (url, reason) in [
         (
             url.replace(":secret@", ":hidden@"),
@@ -220,7 +222,7 @@ async fn the_arguments_answer() {
         "listing-api: unknown arguments --chekc: see --help\n"
     );
     let db = Database::migrated().await;
-    let url = service_url(&db).await;
+    let url = db.service_url().await;
     let server = db.address();
     for (auth, who) in [
         ("off", "with AUTH=off anybody may write"),
@@ -242,7 +244,7 @@ async fn the_arguments_answer() {
 #[tokio::test]
 async fn who_may_write_is_said_before_others_can_reach_the_service() {
     let db = Database::migrated().await;
-    let url = service_url(&db).await;
+    let url = db.service_url().await;
     for address in ["0.0.0.0:8080", "[::]:8080", "192.0.2.1:8080"] {
         for auth in [None, Some(("AUTH", ""))] {
             let mut unsaid = command(&url);
@@ -265,7 +267,7 @@ async fn who_may_write_is_said_before_others_can_reach_the_service() {
         ("0.0.0.0:0", "off", true),
     ] {
         let settings = [("LISTEN_ADDR", address), ("AUTH", auth)];
-        let service = Service::start_at(&url, Database::empty().await, &settings);
+        let service = Service::start_at(&url, &settings);
         let mut warnings = service.log();
         warnings.retain(|line| line.contains("WARN"));
         assert_eq!(warnings.len(), usize::from(warned), "{warnings:?}");
@@ -301,8 +303,7 @@ async fn a_taken_address_is_named() {
 #[tokio::test]
 async fn a_stop_lets_the_requests_under_way_finish() {
     for signal in ["-TERM", "-INT"] {
-        let mut service =
-            Service::start_with(Database::migrated().await, &[("SHUTDOWN_DELAY_MS", "1000")]).await;
+        let mut service = Service::start_with(&[("SHUTDOWN_DELAY_MS", "1000")]).await;
         service.post(LOFT);
         let mut waiting = patch_that_waits(&service).await;
         service.signal(signal);
@@ -323,7 +324,7 @@ async fn a_stop_lets_the_requests_under_way_finish() {
             );
             thread::sleep(Duration::from_millis(20));
         }
-        run(&service.db.superuser, "commit").await;
+        run(service.superuser(), "commit").await;
         assert_eq!(waiting.receive("PATCH", "/listings/1").status, 200);
         // Idle connections, which this one is now, do not hold up the end.
         let answered = Instant::now();
@@ -358,7 +359,7 @@ async fn health_and_metrics_tell_what_is_going_on() {
         r#"database_pool_waiting{part="primary"} 0"#,
         &format!(
             r#"database_server_writable{{part="primary",server="{}"}} 1"#,
-            service.db.address()
+            service.db().address()
         ),
         concat!(
             "listing_api_build_info{version=\"",
@@ -373,25 +374,25 @@ async fn health_and_metrics_tell_what_is_going_on() {
         );
     }
     run(
-        &service.db.superuser,
+        service.superuser(),
         &format!(
             "alter database {} set default_transaction_read_only = on",
-            service.db.name
+            service.db().name
         ),
     )
     .await;
     let terminate = "select pg_terminate_backend(pid) from pg_stat_activity where usename ~ '_login$' and datname = current_database()";
-    run(&service.db.superuser, terminate).await;
+    run(service.superuser(), terminate).await;
     let begun = Instant::now();
     while ask("/health/ready").status == 200 {
         assert!(begun.elapsed() < Duration::from_secs(2));
     }
-    let read_only = format!("primary {} takes reads only", service.db.address());
+    let read_only = format!("primary {} takes reads only", service.db().address());
     assert_eq!(ask("/health/ready").error(), (503, read_only));
-    assert_eq!(service.send("PATCH", "/listings/1", JSON, "{}").status, 503);
+    assert_eq!(service.patch("/listings/1", "{}").status, 503);
     assert_eq!(service.get("/listings/1").status, 200);
     run(
-        &service.db.superuser,
+        service.superuser(),
         "update refinery_schema_history set checksum = '1' where version = 2",
     )
     .await;
@@ -402,18 +403,12 @@ async fn health_and_metrics_tell_what_is_going_on() {
 #[tokio::test]
 async fn without_a_database_requests_get_503_and_its_cause_stands_in_the_log_once() {
     // A server of its own, which this test stops and starts.
-    let cluster = Cluster::start();
-    let output = refinery(&cluster.url, &in_checkout("sql"));
-    assert!(output.status.success(), "{}", printed(&output));
-    let db = Database::empty().await;
-    let service = Service::start_at(
-        &cluster.url,
-        db,
-        &[("POOL_WAIT_MS", "500"), ("CONNECT_TIMEOUT_MS", "500")],
-    );
+    let cluster = Cluster::migrated();
+    let limits = [("POOL_WAIT_MS", "500"), ("CONNECT_TIMEOUT_MS", "500")];
+    let service = Service::start_at(&cluster.url, &limits);
     assert_eq!(service.post(LOFT).status, 201);
     assert_eq!(service.get("/listings/1").status, 200);
-    crate::commands::stop(&cluster);
+    cluster.call("stop");
     let message = "the database cannot be reached at the moment, try again later";
     for (method, path, body) in [
         ("GET", "/listings/1", ""),
@@ -435,7 +430,7 @@ async fn without_a_database_requests_get_503_and_its_cause_stands_in_the_log_onc
         assert_eq!(causes.len(), 1, "{causes:?}");
         assert!(!causes[0].contains("password"), "{causes:?}");
     }
-    crate::harness::succeed(Cluster::script(cluster.folder.path(), "up"), "");
+    succeed(Cluster::script(cluster.folder.path(), "up"), "");
     let back = Instant::now();
     while service.get("/listings/1").status != 200 {
         assert!(
@@ -449,17 +444,15 @@ async fn without_a_database_requests_get_503_and_its_cause_stands_in_the_log_onc
 
 #[tokio::test]
 async fn a_database_that_is_silent_keeps_nobody_waiting_beyond_the_limit() {
-    let cluster = Cluster::start();
-    let output = refinery(&cluster.url, &in_checkout("sql"));
-    assert!(output.status.success(), "{}", printed(&output));
+    let cluster = Cluster::migrated();
     let limits = [
         ("CONNECT_TIMEOUT_MS", "500"),
         ("POOL_WAIT_MS", "500"),
         ("WORKERS", "1"),
     ];
-    let service = Service::start_at(&cluster.url, Database::empty().await, &limits);
+    let service = Service::start_at(&cluster.url, &limits);
     assert_eq!(service.post(LOFT).status, 201);
-    crate::commands::stop(&cluster);
+    cluster.call("stop");
     // In its place, somebody who takes connections and never says a word.
     let address = ("127.0.0.1", cluster.config.get_ports()[0]);
     let _silent = std::net::TcpListener::bind(address).expect("the port that the database left");
@@ -487,19 +480,19 @@ async fn a_database_that_is_silent_keeps_nobody_waiting_beyond_the_limit() {
 #[tokio::test]
 async fn a_stop_that_runs_out_of_time_ends_all_the_same() {
     let settings = [("SHUTDOWN_TIMEOUT_MS", "500")];
-    let mut service = Service::start_with(Database::migrated().await, &settings).await;
+    let mut service = Service::start_with(&settings).await;
     service.post(LOFT);
     let _waiting = patch_that_waits(&service).await;
     service.signal("-TERM");
     assert_eq!(service.wait(), Some(0));
-    run(&service.db.superuser, "rollback").await;
+    run(service.superuser(), "rollback").await;
 }
 
 #[tokio::test]
 async fn anything_else_is_an_internal_error_whose_cause_stands_in_the_log_alone() {
     let service = Service::start().await;
     let rule = "alter table listing add constraint secret_rule check (name <> 'Loft')";
-    run(&service.db.superuser, rule).await;
+    run(service.superuser(), rule).await;
     let response = service.post(LOFT);
     assert_eq!(response.error(), (500, "internal error".to_owned()));
     // The answer to a later request is logged behind everything of this one.
@@ -526,15 +519,15 @@ async fn a_statement_that_takes_too_long_gets_504_and_leaves_nothing_behind() {
         ("POOL_SIZE", "2"),
         ("POOL_WAIT_MS", "1000"),
     ];
-    let service = Service::start_with(Database::migrated().await, &settings).await;
+    let service = Service::start_with(&settings).await;
     service.post(LOFT);
-    run(&service.db.superuser, "begin; update listing set price = 1").await;
+    run(service.superuser(), "begin; update listing set price = 1").await;
     let response = service.send("PUT", "/listings/1", JSON, LOFT);
     assert_eq!(
         response.error(),
         (504, "the database took too long to answer".to_owned())
     );
-    run(&service.db.superuser, "rollback").await;
+    run(service.superuser(), "rollback").await;
     for _ in 0..4 {
         assert_eq!(service.send("PUT", "/listings/1", JSON, LOFT).status, 200);
     }
@@ -546,8 +539,8 @@ async fn also_the_first_read_of_a_locked_table_gets_504() {
         ("CONNECT_TIMEOUT_MS", "1000"),
         ("STATEMENT_TIMEOUT_MS", "1500"),
     ];
-    let service = Service::start_with(Database::migrated().await, &settings).await;
-    run(&service.db.superuser, "begin; lock table listing").await;
+    let service = Service::start_with(&settings).await;
+    run(service.superuser(), "begin; lock table listing").await;
     assert_eq!(service.get("/listings/1").status, 504);
 }
 
@@ -558,43 +551,27 @@ async fn a_client_that_hangs_up_leaves_nothing_behind() {
         ("WORKERS", "1"),
         ("STATEMENT_TIMEOUT_MS", "60000"),
     ];
-    let service = Service::start_with(Database::migrated().await, &settings).await;
+    let service = Service::start_with(&settings).await;
     service.post(LOFT);
     service.post(LOFT);
     drop(patch_that_waits(&service).await);
-    wait_for(&service, WAITING, "0").await;
+    service.db().wait_for(WAITING, "0").await;
     // The one connection of the pool serves the next, although the lock is still held.
-    assert_eq!(service.send("PATCH", "/listings/2", JSON, "{}").status, 200);
-    run(&service.db.superuser, "rollback").await;
+    assert_eq!(service.patch("/listings/2", "{}").status, 200);
+    run(service.superuser(), "rollback").await;
     let written = "select count(*) from listing where updated_date <> created_date and id = 1";
-    assert_eq!(value(&service.db.superuser, written).await, "0");
+    assert_eq!(value(service.superuser(), written).await, "0");
 }
-
-/// How many statements wait for a lock.
-pub const WAITING: &str = "select count(*) from pg_stat_activity \
-    where wait_event_type = 'Lock' and datname = current_database()";
 
 /// A request under way to listing 1, whose row the superuser has locked in a transaction that it left open.
 async fn patch_that_waits(service: &Service) -> Connection {
     let lock = "begin; update listing set price = 1 where id = 1";
-    run(&service.db.superuser, lock).await;
+    run(service.superuser(), lock).await;
     let mut connection = service.connect();
     let head = "PATCH /listings/1 HTTP/1.1\r\nhost: x\r\n";
     connection.write(format!("{head}{JSON}content-length: 2\r\n\r\n{{}}").as_bytes());
-    wait_for(service, WAITING, "1").await;
+    service.db().wait_for(WAITING, "1").await;
     connection
-}
-
-pub async fn wait_for(service: &Service, sql: &str, expected: &str) {
-    let begun = Instant::now();
-    let client = service.db.connect().await;
-    while value(&client, sql).await != expected {
-        assert!(
-            begun.elapsed() < Duration::from_secs(10),
-            "{sql} does not become {expected}"
-        );
-        thread::sleep(Duration::from_millis(10));
-    }
 }
 
 #[tokio::test]
@@ -604,21 +581,19 @@ async fn no_connection_within_the_limit_gets_503() {
         ("POOL_WAIT_MS", "200"),
         ("WORKERS", "1"),
     ];
-    let service = Service::start_with(Database::migrated().await, &settings).await;
+    let service = Service::start_with(&settings).await;
     service.post(LOFT);
     let mut waiting = patch_that_waits(&service).await;
-    let response = service.send("PATCH", "/listings/1", JSON, "{}");
+    let response = service.patch("/listings/1", "{}");
     assert_eq!(response.status, 503);
     assert_eq!(service.get("/listings/1").status, 200);
-    run(&service.db.superuser, "rollback").await;
+    run(service.superuser(), "rollback").await;
     assert_eq!(waiting.receive("PATCH", "/listings/1").status, 200);
 }
 
 #[tokio::test]
 async fn a_database_with_tls_is_trusted_by_its_chain_and_its_name() {
-    let cluster = Cluster::start();
-    let output = refinery(&cluster.url, &in_checkout("sql"));
-    assert!(output.status.success(), "{}", printed(&output));
+    let cluster = Cluster::migrated();
     let ca_key = KeyPair::generate().expect("a key");
     let mut authority = CertificateParams::new([]).expect("parameters");
     authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use tokio_postgres::error::SqlState;
 
-use crate::harness::{Database, assert_no_problem, insert_listing, rows, run, value};
+use crate::support::{Database, assert_no_problem, insert_listing, rows, run, value};
 
 const SESSIONS: usize = 12;
 const ROUNDS: usize = 40;

@@ -2,7 +2,7 @@
 
 use tokio_postgres::Client;
 
-use crate::harness::{
+use crate::support::{
     Database, HISTORY, OTHER_COLUMNS, assert_no_problem, insert_listing, rows, run, value,
 };
 

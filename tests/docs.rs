@@ -1,6 +1,6 @@
 //! What the README tells people to run does run.
 
-use crate::harness::{Database, in_checkout, insert_listing, run};
+use crate::support::{Database, in_checkout, insert_listing, run};
 
 #[tokio::test]
 async fn every_query_of_the_readme_runs() {
