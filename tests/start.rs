@@ -575,7 +575,7 @@ async fn patch_that_waits(service: &Service) -> Connection {
 }
 
 #[tokio::test]
-async fn no_connection_within_the_limit_gets_503() {
+async fn a_request_that_waits_too_long_for_a_connection_or_a_row_gets_503() {
     let settings = [
         ("POOL_SIZE", "1"),
         ("POOL_WAIT_MS", "200"),
@@ -583,9 +583,22 @@ async fn no_connection_within_the_limit_gets_503() {
     ];
     let service = Service::start_with(&settings).await;
     service.post(LOFT);
+    service.post(LOFT);
     let mut waiting = patch_that_waits(&service).await;
-    let response = service.patch("/listings/1", "{}");
-    assert_eq!(response.status, 503);
+    for (path, message) in [
+        (
+            "/listings/1",
+            "somebody else was writing the same, try again",
+        ),
+        (
+            "/listings/2",
+            "the database cannot be reached at the moment, try again later",
+        ),
+    ] {
+        let refused = service.patch(path, "{}");
+        assert_eq!(refused.error(), (503, message.to_owned()));
+        assert_eq!(refused.header("retry-after"), Some("1"));
+    }
     assert_eq!(service.get("/listings/1").status, 200);
     run(service.superuser(), "rollback").await;
     assert_eq!(waiting.receive("PATCH", "/listings/1").status, 200);

@@ -158,27 +158,17 @@ impl Service {
         self.child.wait().expect("wait for the service").code()
     }
 
-    /// The fields of `/proc/ID/stat` from the third on. The second is the name, in parentheses.
-    fn stat(&self) -> Vec<String> {
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id()));
-        let stat = stat.expect("read /proc/ID/stat");
-        let (_, fields) = stat.rsplit_once(')').expect("a name in parentheses");
-        fields.split_whitespace().map(str::to_owned).collect()
-    }
-
     /// The processor time that the service has used.
     pub fn processor_time(&self) -> Duration {
-        // The 14th and 15th field, in ticks of 10 ms.
-        let ticks = self.stat()[11..13]
-            .iter()
-            .map(|field| field.parse::<u32>().expect("a number"))
-            .sum::<u32>();
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id()));
+        let stat = stat.expect("read /proc/ID/stat");
+        // The fields after the name, which is in parentheses. The 12th and 13th of them are ticks of 10 ms.
+        let (_, fields) = stat.rsplit_once(')').expect("a name in parentheses");
+        let ticks = fields.split_whitespace().skip(11).take(2);
+        let ticks: u32 = ticks
+            .map(|ticks| ticks.parse::<u32>().expect("a number"))
+            .sum();
         Duration::from_millis(10) * ticks
-    }
-
-    /// Whether a signal has stopped the service.
-    pub fn is_stopped(&self) -> bool {
-        self.stat()[0] == "T"
     }
 
     /// The largest resident memory so far.
