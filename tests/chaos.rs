@@ -497,7 +497,7 @@ fn verify(
         match (record.prices[0].1, record.deleted) {
             (Outcome::Acknowledged, None) => assert!(listing.is_some(), "{} is lost", record.name),
             (_, Some(Outcome::Acknowledged)) => {
-                assert!(listing.is_none(), "{} is back", record.name)
+                assert!(listing.is_none(), "{} is back", record.name);
             }
             (_, Some(Outcome::Unknown)) => count_unknown(listing.is_none()),
             (Outcome::Unknown, None) => count_unknown(listing.is_some()),
