@@ -1,9 +1,8 @@
 #!/bin/sh
-# How fast the service is: requests a second, and as a ratio to what pgbench gets from the plain statement for the same thing,
-# in turns with it in the same run. PostgreSQL, service and load share the machine. Run it by `make bench`, which sets the
-# variables.
+# Measures how many requests per second the service answers, and compares that with pgbench, which runs the same statements
+# directly. Both run in turn, on one machine that they share with PostgreSQL. `make bench` runs this and sets the variables.
 #
-# PostgreSQL runs in .postgres-bench with the settings below and its defaults. The data stay there for the next run.
+# PostgreSQL runs in .postgres-bench, with its defaults and the settings below. The data stays there for the next run.
 set -eu
 rounds=${ROUNDS:-5}
 seconds=${SECONDS_EACH:-3}
@@ -32,13 +31,13 @@ stop_services() {
 trap 'stop_services; tests/db.sh stop; rm -r "$scratch"' EXIT
 trap 'exit 130' INT TERM
 
-# The data: ten prices each, by the triggers. Nearly half of the listings are in one city, the others in 632 towns. The last
-# 100,000, which are written to, are alike but for id and price.
+# Creates 500,000 listings. The triggers log ten prices for each. Nearly half of the listings are in one city, the others in
+# 632 towns. The benchmark writes to the last 100,000. They differ only in id and price.
 data=$(tests/db.sh up)
-[ "$(cat "$PG_HOME/server")" != docker ] || { say 'this needs the programs of a PostgreSQL server'; exit 1; }
+[ "$(cat "$PG_HOME/server")" != docker ] || { say 'this needs the server programs of PostgreSQL'; exit 1; }
 server=${data%/listing}
 if [ "$(sql "$data" -c "select to_regclass('bench_data_are_complete') is not null")" != t ]; then
-    say 'making 500,000 listings with ten prices each: two minutes, once'
+    say 'creating 500,000 listings with ten prices each: two minutes, only in the first run'
     sql "$server/postgres" -c 'drop database listing with (force)' -c 'create database listing'
     DATABASE_URL=$data "$REFINERY" migrate -e DATABASE_URL -p sql -g -d -m >/dev/null
     sql "$data" -c "
@@ -61,7 +60,7 @@ bench=$server/listing_bench
 sql "$server/postgres" -c 'set client_min_messages = error' -c 'drop database if exists listing_bench with (force)' \
     -c 'create database listing_bench template listing strategy file_copy' -c checkpoint
 
-# serve PORT AUTH: starts a service, whose first answer it waits for.
+# serve PORT AUTH: starts the service and waits for its first answer.
 serve() {
     DATABASE_URL=${login%/listing}/listing_bench LISTEN_ADDR=127.0.0.1:$1 AUTH=$2 ADMIN_ADDR=127.0.0.1:0 \
         target/release/listing-api 2>>"$scratch/log" &
@@ -83,7 +82,7 @@ start=$(median < "$scratch/starts")
 
 columns='id, name, street_address, postal_code, city, country, description, building_type, price, surface_area_m2, rooms_count,
     bedrooms_count, contact_phone_number, created_date, updated_date, xmin::text as version'
-# The statements of the service, where pgbench, which has no null, says something else instead.
+# The statements of the service. pgbench has no null, so the values 'nobody' and '{}' replace it.
 written_by="case when :actor = 'nobody' or set_config('listing.actor', :actor, true) is not null then"
 update="update public.listing set name = coalesce(:name, name), street_address = coalesce(:street_address, street_address),
     postal_code = coalesce(:postal_code, postal_code), city = coalesce(:city, city), country = coalesce(:country, country),
@@ -94,7 +93,7 @@ update="update public.listing set name = coalesce(:name, name), street_address =
     updated_date = $written_by statement_timestamp() end
     where id = :id and (:versions = '{}' or xmin::text = any(:versions)) and (:owner = 'nobody' or owner = :owner) returning $columns"
 
-# The transaction of pgbench that asks for the same as a request of benches/speed.lua.
+# transaction KIND: prints the script of pgbench for the same work as the request of this kind in benches/speed.lua.
 transaction() {
     case $1 in
         history) echo '\set id random(1, 500000)'
@@ -117,10 +116,10 @@ transaction() {
     esac
 }
 
-# one KIND CLIENTS PROGRAM: one turn. Prints requests a second, and of the service the latencies.
-one() {
+# measure KIND CLIENTS PROGRAM: runs one round. Prints the requests per second, and for wrk also the latencies.
+measure() {
     threads=$(($2 < cores ? $2 : cores))
-    # The processes of sessions that the turn before has closed are busy for a while yet.
+    # The server processes of the previous round take a moment to exit.
     sleep 0.5
     if [ "$3" = pgbench ]; then
         transaction "$1" > "$scratch/transaction.sql"
@@ -137,75 +136,76 @@ one() {
         : > "$scratch/log"
         awk -v kind="$1" '$1 == "result" && $5 == (kind == "unknown" ? $6 : 0) && $7 == 0 { print $2, $3, $4 }' "$scratch/wrk" |
             grep . ||
-            { say 'not every request was answered as it should be'; cat "$scratch/wrk" >&2; exit 1; }
+            { say 'some requests did not get the expected status'; cat "$scratch/wrk" >&2; exit 1; }
     fi
 }
 
-# row LABEL KIND CLIENTS: the medians of both, and the median of the ratios of each round.
+# row LABEL KIND CLIENTS: prints a row of the table: the medians of both, and the median of the ratios of all rounds.
 row() {
     : > "$scratch/rounds"
     for round in $(seq "$rounds"); do
         case $2 in keep | reprice | create) sql "$bench" -c 'vacuum listing' -c checkpoint ;; esac
         if [ $((round % 2)) = 1 ]; then
-            theirs=$(one "$2" "$3" pgbench)
-            ours=$(one "$2" "$3" wrk)
+            direct=$(measure "$2" "$3" pgbench)
+            served=$(measure "$2" "$3" wrk)
         else
-            ours=$(one "$2" "$3" wrk)
-            theirs=$(one "$2" "$3" pgbench)
+            served=$(measure "$2" "$3" wrk)
+            direct=$(measure "$2" "$3" pgbench)
         fi
-        echo "$theirs $ours" >> "$scratch/rounds"
+        echo "$direct $served" >> "$scratch/rounds"
     done
     column() { awk "{ print $1 }" "$scratch/rounds" | median; }
-    printf '| %-42s | %6.0f | %6.0f | %5.2f | %6.2f | %6.2f |\n' "$1, $3 at once" "$(column '$1')" "$(column '$2')" \
+    [ "$3" = 1 ] && clients='1 client' || clients="$3 clients"
+    printf '| %-42s | %6.0f | %6.0f | %5.2f | %6.2f | %6.2f |\n' "$1, $clients" "$(column '$1')" "$(column '$2')" \
         "$(column '$2 / $1')" "$(column '$3 / 1000')" "$(column '$4 / 1000')" | tee -a $result
 }
 
 say 'warming up'
-one history 32 pgbench >/dev/null
-one listing 32 pgbench >/dev/null
-one history 32 wrk >/dev/null
-one listing 32 wrk >/dev/null
+measure history 32 pgbench >/dev/null
+measure listing 32 pgbench >/dev/null
+measure history 32 wrk >/dev/null
+measure listing 32 wrk >/dev/null
 echo "PostgreSQL $(sql "$bench" -c 'show server_version') with $(echo "$PG_SETTINGS" | sed 's/-c //g'); $cores cores;
 500,000 listings, 5 million prices; medians of $rounds rounds of $seconds s." | tee $result
 {
     echo
-    echo "| $(printf %-42s 'a second') | pgbench | service | ratio | median ms | 99 % ms |"
+    echo "| $(printf %-42s 'requests per second') | pgbench | service | ratio | median ms | 99 % ms |"
     echo '|---|---:|---:|---:|---:|---:|'
 } | tee -a $result
-for clients in 1 32 128; do row 'a history' history $clients; done
-for clients in 1 32 128; do row 'a listing' listing $clients; done
+for count in 1 32 128; do row 'prices of a listing' history $count; done
+for count in 1 32 128; do row 'a listing' listing $count; done
 row 'always the same listing' hot 32
-row 'a listing that is not there' unknown 32
-row 'a page of 100 of a common city' common 32
-row 'a page of 100 of a rare city' rare 32
+row 'an unknown listing' unknown 32
+row '100 listings of a large city' common 32
+row '100 listings of a small town' rare 32
 row 'PUT with the same price' keep 32
-row 'PUT with a new price' reprice 32
-# Another instance, which asks for a key.
+for count in 32 128; do row 'PUT with a new price' reprice $count; done
+# A second instance, which needs an API key.
 (
     serve 18081 keys
     trap 'kill $!' EXIT
     api=http://127.0.0.1:18081
     KEY=$(sql "$bench" -c 'select create_api_key(administrator => true)')
     export KEY
-    row 'PUT with a new price and a key' reprice 32
+    row 'PUT with a new price, API key' reprice 32
 )
-row 'POST' create 32
+for count in 32 128; do row 'POST' create $count; done
 
 list() { curl --silent --fail --output /dev/null --write-out '%{speed_download}' $api/listings; }
 : > "$scratch/rounds"
 for round in $(seq "$rounds"); do
-    [ $((round % 2)) = 1 ] || ours=$(list)
+    [ $((round % 2)) = 1 ] || served=$(list)
     before=$(now)
     bytes=$(sql "$bench" -c "copy (select $columns from public.listing order by id) to stdout" | wc -c)
-    theirs=$(echo "$(now) $before $bytes" | awk '{ print $3 / ($1 - $2) / 1000000 }')
-    [ $((round % 2)) = 0 ] || ours=$(list)
-    echo "$theirs $ours" | awk '{ print $1, $2 / 1000000, $2 / 1000000 / $1 }' >> "$scratch/rounds"
+    direct=$(echo "$(now) $before $bytes" | awk '{ print $3 / ($1 - $2) / 1000000 }')
+    [ $((round % 2)) = 0 ] || served=$(list)
+    echo "$direct $served" | awk '{ print $1, $2 / 1000000, $2 / 1000000 / $1 }' >> "$scratch/rounds"
 done
 column() { awk "{ print $1 }" "$scratch/rounds" | median; }
 {
     echo
-    echo "The list of all listings: $(column '$2' | cut -c1-5) MB/s, \`copy\` by psql $(column '$1' | cut -c1-5) MB/s, ratio $(column '$3' | cut -c1-4)."
-    # The most that it ever was is known to Linux alone.
+    echo "All listings in one response: $(column '$2' | cut -c1-5) MB/s, \`copy\` by psql $(column '$1' | cut -c1-5) MB/s, ratio $(column '$3' | cut -c1-4)."
+    # Only Linux reports the peak.
     most=$(awk '/^VmHWM/ { printf ", %.0f MB at most", $2 / 1024 }' "/proc/$service/status" 2>/dev/null || true)
     echo "Memory at the end: $(ps -o rss= -p $service | awk '{ printf "%.0f", $1 / 1024 }') MB$most. Start to first answer: $start ms." \
         "Binary: $(wc -c < target/release/listing-api | awk '{ printf "%.1f", $1 / 1048576 }') MB."

@@ -1,6 +1,6 @@
 #!/bin/sh
-# What the price history costs. Each statement against listing, and against the same table without its triggers, in turns
-# on one server in one run. Only the ratios carry over to another machine. Run it by `make bench`, which sets the variables.
+# Measures what the price history costs. Runs each statement against listing and against the same table without its triggers,
+# in turn, on one server. Only the ratios carry over to another machine. `make bench` runs this and sets the variables.
 set -eu
 rows=200000
 rounds=9
@@ -26,7 +26,7 @@ columns='id, price, name, description, building_type, street_address, postal_cod
 values="n, n, 'Loft', repeat('Nice. ', 40), 'HOUSE', '1 rue Oberkampf', '75011', 'Paris', 'FR', 42.5, 2, 1
     from generate_series(1, $rows) as n"
 
-echo "Migrating a table of $rows listings that earlier services left behind." >&2
+echo "Migrating an inherited table of $rows listings." >&2
 drop
 db psql --no-psqlrc --quiet "$server_url" -c 'create database listing_bench'
 sql --file=sql/V1__create_listing.sql -c "insert into listing ($columns) select $values"
@@ -37,23 +37,23 @@ migration=$(echo "$(seconds_now) $before" | awk '{ printf "%.1f", $1 - $2 }')
 sql -c 'create table bare (like listing including all)' \
     -c "insert into bare ($columns) select $values"
 
-# statement TABLE prints one transaction of pgbench.
+# change TABLE and keep TABLE: print one transaction of pgbench.
 change() { echo "update $1 set price = price + 1 where id = :id"; }
 keep() { echo "update $1 set price = price, name = 'Flat' where id = :id"; }
 
-# Transactions a second of STATEMENT on TABLE, with the commit waiting for the disk or not.
+# rate STATEMENT TABLE SYNCHRONOUS_COMMIT: prints transactions per second.
 rate() {
     { echo "\\set id random(1, $rows)"; "$1" "$2"; } > "$scratch/$1.sql"
     PGOPTIONS="-c synchronous_commit=$3" db pgbench --no-vacuum --protocol=prepared --client=$clients --jobs=2 \
         --time=$seconds --file="$scratch/$1.sql" "$bench_url" | sed -n 's/^tps = \([0-9]*\).*/\1/p' | grep .
 }
 
-# Milliseconds that STATEMENT takes.
+# duration STATEMENT: prints the milliseconds that it takes.
 duration() {
     sql -c '\timing on' -c "$1" | sed -n 's/^Time: \([0-9]*\).*/\1/p' | grep .
 }
 
-# row LABEL UNIT prints a line of the table: the medians of both tables, and the median of the ratios of each round.
+# row LABEL UNIT: prints a row of the table: the medians of both tables, and the median of the ratios of all rounds.
 row() {
     paste "$scratch/bare" "$scratch/listing" | awk -v unit="$2" '{ print unit == "ms" ? $1 / $2 : $2 / $1 }' > "$scratch/ratio"
     printf '| %-60s | %6s %-2s | %6s %-2s | %5.2f |\n' "$1" "$(median < "$scratch/bare")" "$2" \
@@ -73,7 +73,7 @@ for commit in on off; do
             done
         done
         [ $statement = change ] && label='a new price' || label='the same price'
-        [ $commit = on ] && how="$clients clients" || how="$clients clients, no wait for the disk"
+        [ $commit = on ] && how="$clients clients" || how="$clients clients, asynchronous commit"
         row "update with $label, $how" /s
     done
 done
@@ -90,11 +90,11 @@ for _ in $(seq $rounds); do
         duration "update $table set price = price + 1" >> "$scratch/$table"
     done
 done
-row "change of $rows prices" ms
+row "update of $rows prices" ms
 echo
-echo "Migrating an inherited table of $rows listings takes $migration s, for which it is locked."
+echo "Migrating an inherited table of $rows listings takes $migration s. The table is locked for that time."
 sql -c "with log as (select count(*) as rows from listing_price_log)
-    select format('A price takes %s bytes in the log: %s of the row, %s of the primary key, %s of the covering index.',
+    select format('A price takes %s bytes in the log: %s in the table, %s in the primary key, %s in the covering index.',
         round(pg_total_relation_size('listing_price_log') / rows::numeric),
         round(pg_table_size('listing_price_log') / rows::numeric),
         round(pg_relation_size('listing_price_log_pkey') / rows::numeric),
