@@ -1,17 +1,17 @@
-# The service in a small image, and in another one the CLI that migrates its database.
+# Two images: `service` runs the service, `migrate` runs the refinery CLI that migrates the database.
 
 FROM rust:1.95-slim-bookworm AS build
 WORKDIR /build
-# The dependencies first: they are built again only when these two files change.
+# Builds the dependencies first. Docker builds them again only if one of these three files changes.
 COPY Cargo.toml Cargo.lock build.rs ./
-RUN mkdir -p src sql tests && touch src/lib.rs src/openapi.yaml tests/main.rs && echo 'fn main() {}' > src/main.rs \
+RUN mkdir -p src/api sql tests && touch src/lib.rs src/api/openapi.yaml tests/main.rs && echo 'fn main() {}' > src/main.rs \
     && cargo build --release --locked
 COPY src src
 COPY sql sql
-# The stand-ins above may be newer than the files in their places.
+# The placeholders above may be newer than the real files. Touching these makes cargo build them.
 RUN touch build.rs src/main.rs src/lib.rs && cargo build --release --locked
 
-# The CLI speaks TLS by OpenSSL, the service by rustls.
+# The CLI uses OpenSSL for TLS, the service uses rustls.
 FROM rust:1.95-slim-bookworm AS refinery
 RUN apt-get update && apt-get install -y --no-install-recommends libssl-dev pkg-config && rm -rf /var/lib/apt/lists/*
 RUN cargo install refinery_cli --version 0.10.0 --no-default-features --features postgresql --locked --root /refinery

@@ -1,4 +1,4 @@
-# Every command of this project. They share one private PostgreSQL (tests/db.sh), or the one that DATABASE_URL names.
+# All commands of this project. They use one private PostgreSQL (tests/db.sh), or the server in DATABASE_URL.
 
 REFINERY := .tools/refinery-0.10.0/bin/refinery
 SQUAWK := .tools/squawk-2.70.0/bin/squawk
@@ -14,15 +14,15 @@ db: ## Start the private PostgreSQL of this checkout and print its DATABASE_URL
 	@tests/db.sh up
 
 .PHONY: migrate
-migrate: $(REFINERY) ## Bring the database to the newest schema, all of it or nothing
+migrate: $(REFINERY) ## Apply all pending migrations in one transaction
 	@url=$$(tests/db.sh up) && DATABASE_URL=$$url $(REFINERY) migrate -e DATABASE_URL -p sql -g -d -m
 
 .PHONY: psql
-psql: ## Open a shell on the database
+psql: ## Open psql on the database
 	@url=$$(tests/db.sh up) && tests/db.sh run psql "$$url"
 
 .PHONY: run
-run: $(REFINERY) ## Serve on port 8080: database, migrations, build, and all
+run: $(REFINERY) ## Start the database, migrate, build, and serve on port 8080
 	@$(MAKE) --no-print-directory migrate
 	@cargo build --release --locked
 	@url=$$(tests/db.sh login) && echo && \
@@ -31,28 +31,28 @@ run: $(REFINERY) ## Serve on port 8080: database, migrations, build, and all
 		DATABASE_URL=$$url LISTEN_ADDR=127.0.0.1:8080 exec target/release/listing-api
 
 .PHONY: test
-test: $(REFINERY) ## Run every test, each on a database of its own
+test: $(REFINERY) ## Run all tests, each on its own database
 	@url=$$(tests/db.sh up) && DATABASE_URL=$$url REFINERY="$(CURDIR)/$(REFINERY)" cargo test --locked
 
 .PHONY: bench
-bench: $(REFINERY) ## Measure how fast the service is, and what the price history costs
+bench: $(REFINERY) ## Measure how fast the service is and what the price history costs
 	@cargo build --release --locked
 	@REFINERY="$(CURDIR)/$(REFINERY)" benches/speed.sh
 	@url=$$(tests/db.sh up) && DATABASE_URL=$$url REFINERY="$(CURDIR)/$(REFINERY)" benches/trigger_cost.sh
 
 .PHONY: chaos
-chaos: $(REFINERY) ## Kill, pause, cut off and promote servers for two minutes, and prove that no promise was broken
+chaos: $(REFINERY) ## Kill, pause, cut off and promote servers for two minutes, and verify that no acknowledged write is lost
 	@url=$$(tests/db.sh up) && DATABASE_URL=$$url REFINERY="$(CURDIR)/$(REFINERY)" CHAOS_SECONDS=$${CHAOS_SECONDS:-120} \
 		cargo test --locked --quiet --test tests -- --nocapture chaos::
 
 .PHONY: fuzz
-fuzz: $(REFINERY) $(SCHEMATHESIS) ## Send the service what its own OpenAPI document suggests, and worse
+fuzz: $(REFINERY) $(SCHEMATHESIS) ## Send generated requests, valid and invalid, from the OpenAPI document
 	@cargo build --locked
 	@url=$$(tests/db.sh up) && DATABASE_URL=$$url REFINERY="$(CURDIR)/$(REFINERY)" SCHEMATHESIS="$(CURDIR)/$(SCHEMATHESIS)" \
 		tests/fuzz.sh
 
 .PHONY: check
-check: ## Look for what tests do not show: formatting, lints, lock hazards, licences
+check: ## Check formatting, lints, lock hazards and licences
 	@cargo fmt --check
 	@$(MAKE) --no-print-directory lint
 
@@ -63,7 +63,7 @@ lint: $(SQUAWK) $(DENY) ## Lint the Rust, the SQL and the dependencies
 	@$(DENY) --locked --log-level error check bans licenses sources
 
 .PHONY: audit
-audit: $(DENY) ## Look the dependencies up among the known vulnerabilities, which are fetched anew
+audit: $(DENY) ## Check the dependencies for known vulnerabilities (needs the network)
 	@$(DENY) --locked check advisories
 
 .PHONY: fmt
@@ -71,18 +71,18 @@ fmt: ## Format the Rust
 	@cargo fmt
 
 .PHONY: clean
-clean: ## Stop and remove the private PostgreSQL, and that of the benchmark
+clean: ## Stop and remove the private PostgreSQL and that of the benchmark
 	@tests/db.sh down
 	@PG_HOME="$(CURDIR)/.postgres-bench" tests/db.sh down
 
-# Each tool lands in a folder that carries its version, so that another version here is another folder there.
+# The folder of each tool contains its version, so a new version is installed beside the old one.
 $(REFINERY):
-	@echo 'Building the refinery CLI in .tools. This takes some minutes, once.'
+	@echo 'Building the refinery CLI in .tools. This takes some minutes, only the first time.'
 	@cargo install refinery_cli --version 0.10.0 --no-default-features --features postgresql --locked --quiet \
 		--root .tools/refinery-0.10.0
 
 $(DENY):
-	@echo 'Building cargo-deny in .tools. This takes some minutes, once.'
+	@echo 'Building cargo-deny in .tools. This takes some minutes, only the first time.'
 	@cargo install cargo-deny --version 0.20.2 --locked --quiet --root .tools/cargo-deny-0.20.2
 
 $(SCHEMATHESIS):
