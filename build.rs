@@ -1,4 +1,4 @@
-//! Takes the two files of Swagger UI that the page at /docs needs out of their archive, to be built into the program.
+//! Unpacks the two files of Swagger UI that the page at /docs needs, so that they become part of the program.
 
 use std::error::Error;
 use std::io::{Cursor, copy};

@@ -1,40 +1,23 @@
-//! A REST API for real-estate listings over PostgreSQL, which keeps the price history by itself.
+//! A REST API for real-estate listings over PostgreSQL, which logs the price history itself.
 //!
-//! [`server`] reads the [`settings`], checks the schema, serves and stops.
-//! A request takes two hops: [`routes`] names the handler, and the handler holds its SQL.
+//! To read an endpoint, open [`api`]: `mod.rs` has the routes, and each handler has its SQL beside it. You never need
+//! `postgres` to understand one.
 //!
-//! - [`listings`]: a listing's whole life. [`prices`]: the history. Start reading there.
-//! - [`json`], [`parameters`], [`conditions`]: what clients send, checked. [`euros`]: exact money. [`pages`]: long lists.
-//! - [`servers`]: which of them is the primary, who can be read. [`database`]: the pool for writes and lists, the check of the
-//!   schema. [`gathering`]: requests that travel together. [`reader`]: reads by id, and [`commits`]: writes, which do.
-//! - [`keys`]: who may write, and as whom.
-//! - [`error`]: from every failure to a status and a message. [`edge`] and [`wire`]: what every response shares. [`awake`]:
-//!   quick answers to whoever is alone.
-//! - [`admin`] and [`metrics`]: for operators. [`docs`]: for consumers.
+//! Imports run one way, from top to bottom:
+//!
+//! - `service`: start, serve, stop.
+//! - `api`: routes, handlers, SQL. `admin`: health and metrics.
+//! - `http`: what all requests share.
+//! - `postgres`: connections, failover, replicas, batches.
+//! - `settings`, `types`: the environment; exact money and timestamps.
 
 mod admin;
-mod awake;
-mod commits;
-mod conditions;
-mod database;
-mod docs;
-mod edge;
-mod error;
-mod euros;
-mod gathering;
-mod json;
-mod keys;
-mod listings;
-mod metrics;
-mod pages;
-mod parameters;
-mod prices;
-mod reader;
-mod routes;
-mod server;
-mod servers;
+mod api;
+mod http;
+mod postgres;
+mod service;
 mod settings;
-mod wire;
+mod types;
 
-pub use server::run;
-pub use settings::HELP as SETTINGS;
+pub use service::run;
+pub use settings::{SETTINGS, Setting, default_of, help};

@@ -1,4 +1,4 @@
-//! Whatever changes a price, and however, is in the log; what changes none is not.
+//! Every change of a price is logged, whatever statement makes it. Nothing else is logged.
 
 use futures_util::SinkExt;
 use std::pin::pin;
@@ -8,7 +8,7 @@ use crate::support::{
     value,
 };
 
-/// Runs statements on a database that holds listing 1 at 100 and listing 2 at 200, and asserts the rows that they add.
+/// Runs statements on a database where listing 1 costs 100 and listing 2 costs 200. Asserts the log rows that they add.
 async fn assert_logged(sql: &str, expected: &[&str]) {
     let db = Database::migrated().await;
     run(&db.superuser, &insert_listing(1, "100")).await;
@@ -21,7 +21,7 @@ async fn assert_logged(sql: &str, expected: &[&str]) {
 }
 
 #[tokio::test]
-async fn an_insert_opens_a_history() {
+async fn an_insert_is_logged_as_the_first_price() {
     assert_logged(&insert_listing(3, "300.5"), &["3|null|300.50"]).await;
 }
 
@@ -37,13 +37,13 @@ async fn every_row_of_a_multi_row_insert_is_logged() {
 async fn a_copy_is_logged() {
     let db = Database::migrated().await;
     let copy = format!("copy listing (id, price, {OTHER_COLUMNS}) from stdin with (format csv)");
-    let mut sink = pin!(db.superuser.copy_in(&copy).await.expect("a copy"));
+    let mut sink = pin!(db.superuser.copy_in(&copy).await.expect("copy"));
     for (id, price) in [(1, "9.99"), (2, "0.1")] {
         let line = format!("{id},{price},Loft,Attic,HOUSE,x,x,x,FR,1,1,0\n");
         let sent = sink.send(std::io::Cursor::new(line.into_bytes())).await;
-        sent.expect("a line sent");
+        sent.expect("send a line");
     }
-    assert_eq!(sink.finish().await.expect("a copy"), 2);
+    assert_eq!(sink.finish().await.expect("copy"), 2);
     assert_eq!(
         rows(&db.superuser, HISTORY).await,
         ["1|null|9.99", "2|null|0.10"]
@@ -51,7 +51,7 @@ async fn a_copy_is_logged() {
 }
 
 #[tokio::test]
-async fn an_upsert_is_logged_as_what_it_did_to_each_row() {
+async fn an_upsert_is_logged_as_an_insert_or_an_update_of_each_row() {
     let sql = format!(
         "insert into listing (id, price, {OTHER_COLUMNS}) \
          values (1, 101, {OTHER_VALUES}), (2, 200, {OTHER_VALUES}), (3, 300, {OTHER_VALUES}) \
@@ -61,7 +61,7 @@ async fn an_upsert_is_logged_as_what_it_did_to_each_row() {
 }
 
 #[tokio::test]
-async fn a_merge_is_logged_as_what_it_did_to_each_row() {
+async fn a_merge_is_logged_as_an_insert_or_an_update_of_each_row() {
     let sql = format!(
         "merge into listing using (values (1, 90), (2, 200), (3, 300)) as offer (id, price) on listing.id = offer.id \
          when matched then update set price = offer.price \
@@ -86,7 +86,7 @@ async fn an_update_of_the_price_among_other_columns_is_logged_once() {
 }
 
 #[tokio::test]
-async fn a_price_changed_by_another_trigger_is_logged_as_it_was_stored() {
+async fn a_price_changed_by_another_trigger_is_logged_as_stored() {
     let sql = "create function round_up() returns trigger language plpgsql \
                as $$ begin new.price = ceil(new.price / 1000) * 1000; return new; end $$; \
                create trigger rounded before update on listing for each row execute function round_up(); \
@@ -110,7 +110,7 @@ async fn an_update_through_a_view_is_logged() {
 }
 
 #[tokio::test]
-async fn a_price_that_returns_within_a_transaction_is_logged_each_time() {
+async fn each_of_several_prices_in_one_transaction_is_logged() {
     let db = Database::migrated().await;
     let sql = format!(
         "begin; {}; update listing set price = 2; update listing set price = 1; commit",
@@ -140,7 +140,7 @@ async fn a_rolled_back_update_leaves_no_price() {
 }
 
 #[tokio::test]
-async fn a_deleted_listing_takes_its_history_along() {
+async fn deleting_a_listing_deletes_its_history() {
     let db = Database::migrated().await;
     run(&db.superuser, &insert_listing(1, "1")).await;
     run(&db.superuser, &insert_listing(2, "2")).await;
@@ -178,7 +178,7 @@ async fn a_change_is_attributed_to_the_role_that_logged_in() {
 }
 
 #[tokio::test]
-async fn a_change_is_attributed_to_the_actor_where_one_is_set() {
+async fn a_change_is_attributed_to_the_actor_if_one_is_set() {
     let db = Database::migrated().await;
     let sql = format!(
         "set listing.actor = 'import-2026-11'; {}; \

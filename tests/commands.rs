@@ -1,4 +1,4 @@
-//! The commands around the database, as a developer types them.
+//! The commands of `tests/db.sh`.
 
 use std::fs;
 use std::net::TcpListener;
@@ -9,24 +9,24 @@ use std::time::{Duration, Instant};
 use crate::support::{Cluster, in_checkout, printed, rows, run, succeed, value};
 
 #[tokio::test]
-async fn the_private_cluster_is_made_once_and_outlives_its_sessions() {
+async fn a_second_call_of_up_finds_the_cluster_of_the_first() {
     let cluster = Cluster::start();
     run(&cluster.superuser().await, "create table kept (id integer)").await;
-    let again = succeed(Cluster::script(cluster.folder.path(), "up"), "");
+    let again = cluster.call("up");
     assert_eq!(again.trim_end(), cluster.url);
     rows(&cluster.superuser().await, "table kept").await;
 }
 
 #[tokio::test]
-async fn the_private_cluster_stops_and_goes() {
+async fn down_removes_the_cluster() {
     let cluster = Cluster::start();
-    succeed(Cluster::script(cluster.folder.path(), "down"), "");
+    cluster.call("down");
     assert!(!cluster.folder.path().join(".postgres").exists());
     assert!(cluster.config.connect(tokio_postgres::NoTls).await.is_err());
 }
 
 #[tokio::test]
-async fn the_private_cluster_listens_on_loopback_and_asks_for_its_password() {
+async fn the_private_cluster_listens_on_loopback_and_requires_a_password() {
     let cluster = Cluster::start();
     let superuser = cluster.superuser().await;
     let settings = "select setting from pg_settings \
@@ -42,24 +42,21 @@ async fn the_private_cluster_listens_on_loopback_and_asks_for_its_password() {
 }
 
 #[test]
-fn the_private_cluster_comes_back_after_a_stop_on_its_port_or_on_a_free_one() {
+fn a_stopped_cluster_starts_on_its_port_or_on_a_free_one() {
     let cluster = Cluster::start();
     stop(&cluster);
-    assert_eq!(
-        succeed(Cluster::script(cluster.folder.path(), "up"), "").trim_end(),
-        cluster.url
-    );
+    assert_eq!(cluster.call("up").trim_end(), cluster.url);
     stop(&cluster);
     let port = cluster.config.get_ports()[0];
-    let _taken = TcpListener::bind(("127.0.0.1", port)).expect("the port that the cluster left");
-    let moved = succeed(Cluster::script(cluster.folder.path(), "up"), "");
+    let _taken = TcpListener::bind(("127.0.0.1", port)).expect("bind the port of the cluster");
+    let moved = cluster.call("up");
     assert_ne!(moved.trim_end(), cluster.url);
 }
 
-/// Stops the server of a cluster behind the back of the script, as a reboot would.
+/// Stops the server of a cluster without the script, as a reboot would.
 pub fn stop(cluster: &Cluster) {
-    let running = cluster.folder.path().join(".postgres/data/postmaster.pid");
-    let pid = fs::read_to_string(&running).expect("a running server");
+    let running = cluster.pid_file();
+    let pid = fs::read_to_string(&running).expect("read postmaster.pid");
     let mut kill = Command::new("kill");
     kill.args(["-INT", pid.lines().next().expect("a process id")]);
     succeed(kill, "");
@@ -74,7 +71,7 @@ pub fn stop(cluster: &Cluster) {
 }
 
 #[test]
-fn a_database_url_is_used_instead() {
+fn a_given_database_url_is_used_instead_of_a_private_cluster() {
     let folder = Cluster::folder();
     let mut up = Cluster::script(folder.path(), "up");
     up.env("DATABASE_URL", "postgres://me@elsewhere/mine");
@@ -83,13 +80,16 @@ fn a_database_url_is_used_instead() {
 }
 
 #[test]
-fn a_folder_without_a_server_is_refused_by_name() {
+fn a_pg_bin_without_a_server_is_refused_by_name() {
     let mut up = Cluster::script(&in_checkout(""), "up");
-    let output = up.env("PG_BIN", "/nowhere").output().expect("the script");
+    let output = up
+        .env("PG_BIN", "/nowhere")
+        .output()
+        .expect("run the script");
     assert!(!output.status.success());
     assert_eq!(
         printed(&output),
-        "db: PG_BIN=/nowhere holds no PostgreSQL server, 15 or later\n"
+        "db: PG_BIN=/nowhere contains no PostgreSQL server, 15 or later\n"
     );
 }
 
@@ -97,35 +97,35 @@ fn a_folder_without_a_server_is_refused_by_name() {
 fn a_cluster_of_another_version_is_refused() {
     let cluster = Cluster::start();
     let version = cluster.folder.path().join(".postgres/data/PG_VERSION");
-    let right = fs::read_to_string(&version).expect("a version");
-    fs::write(&version, "14\n").expect("another version");
+    let original = fs::read_to_string(&version).expect("read the version");
+    fs::write(&version, "14\n").expect("write another version");
     let output = Cluster::script(cluster.folder.path(), "up")
         .output()
-        .expect("the script");
-    fs::write(&version, right).expect("the right version");
+        .expect("run the script");
+    fs::write(&version, original).expect("restore the version");
     assert!(!output.status.success());
     let printed = printed(&output);
     assert!(
-        printed.contains("was made by PostgreSQL 14, not by the one in"),
+        printed.contains("was created by PostgreSQL 14, not by the one in"),
         "{printed}"
     );
     assert!(printed.contains("make clean removes it"), "{printed}");
 }
 
 #[test]
-fn a_server_that_does_not_start_shows_its_last_words() {
+fn a_server_that_does_not_start_shows_its_log() {
     let cluster = Cluster::start();
     stop(&cluster);
     let settings = cluster
         .folder
         .path()
         .join(".postgres/data/postgresql.auto.conf");
-    let right = fs::read_to_string(&settings).expect("the settings");
-    fs::write(&settings, "nonsense = on\n").expect("wrong settings");
+    let original = fs::read_to_string(&settings).expect("read the settings");
+    fs::write(&settings, "nonsense = on\n").expect("write wrong settings");
     let output = Cluster::script(cluster.folder.path(), "up")
         .output()
-        .expect("the script");
-    fs::write(&settings, right).expect("the right settings");
+        .expect("run the script");
+    fs::write(&settings, original).expect("restore the settings");
     assert!(!output.status.success());
     let printed = printed(&output);
     assert!(
@@ -136,7 +136,7 @@ fn a_server_that_does_not_start_shows_its_last_words() {
 }
 
 #[test]
-fn two_calls_at_once_make_one_cluster() {
+fn concurrent_calls_make_one_cluster() {
     let folder = Cluster::folder();
     let calls = [(); 3].map(|()| {
         let up = Cluster::script(folder.path(), "up");
@@ -148,10 +148,10 @@ fn two_calls_at_once_make_one_cluster() {
 }
 
 #[tokio::test]
-async fn a_stopped_database_is_started_with_its_data_and_other_settings() {
+async fn a_stopped_cluster_keeps_its_data_and_takes_new_settings() {
     let cluster = Cluster::start();
     run(&cluster.superuser().await, "create table kept ()").await;
-    succeed(Cluster::script(cluster.folder.path(), "stop"), "");
+    cluster.call("stop");
     assert!(cluster.config.connect(tokio_postgres::NoTls).await.is_err());
     let mut up = Cluster::script(cluster.folder.path(), "up");
     up.env("PG_SETTINGS", "-c work_mem=7MB");

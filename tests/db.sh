@@ -1,16 +1,16 @@
 #!/bin/sh
-# The PostgreSQL of this checkout: a private cluster in .postgres/, on loopback, on a port of its own that it remembers.
+# The PostgreSQL of this checkout: a private cluster in .postgres/, on loopback, on a fixed random port.
 #
-#   tests/db.sh up               start it where it does not run yet, and print its DATABASE_URL
-#   tests/db.sh login            make its role listing_service, a member of listing_api and nothing else, and print its URL
-#   tests/db.sh run PROGRAM ...  run one of its programs: psql, pg_dump, pgbench
-#   tests/db.sh follow URL       make a standby of the server at this URL, start it, and print its DATABASE_URL
-#   tests/db.sh promote          make that standby a primary
+#   tests/db.sh up               start it unless it runs, and print its DATABASE_URL
+#   tests/db.sh login            create the role listing_service, a member of only listing_api, and print its URL
+#   tests/db.sh run PROGRAM ...  run a PostgreSQL program: psql, pg_dump, pgbench
+#   tests/db.sh follow URL       create a standby of the server at this URL, start it, and print its DATABASE_URL
+#   tests/db.sh promote          promote that standby to primary
 #   tests/db.sh stop             stop it
 #   tests/db.sh down             stop and remove it
 #
-# Where DATABASE_URL is set, `up` prints that and starts nothing. PG_BIN names the folder of the server programs to use,
-# PG_HOME another folder for the cluster, PG_SETTINGS more options of the server.
+# If DATABASE_URL is set, `up` prints it and starts nothing. PG_BIN is the folder of the server programs to use, PG_HOME another
+# folder for the cluster, PG_SETTINGS more options for the server.
 set -eu
 checkout=$(cd "$(dirname "$0")/.." && pwd)
 home=${PG_HOME:-$checkout/.postgres}
@@ -18,7 +18,7 @@ home=${PG_HOME:-$checkout/.postgres}
 say() { echo "db: $*" >&2; }
 fail() { say "$*"; exit 1; }
 
-# Prints the folder of a suitable server, the newest where a system has several, or "docker" where there is only an engine to run one.
+# Prints the folder of a suitable server, the newest if there are several. Prints "docker" if there is only Docker.
 find_server() {
     for folder in \
         "$(dirname "$(readlink -f "$(command -v initdb)" 2>/dev/null)" 2>/dev/null)" \
@@ -30,10 +30,10 @@ find_server() {
     done
     if docker compose version >/dev/null 2>&1 && docker info >/dev/null 2>&1; then echo docker; return; fi
     fail "no PostgreSQL found: install the server (apt-get install postgresql, brew install postgresql@17), 15 or later," \
-        "or point PG_BIN at the folder that holds its initdb, or start Docker"
+        "or set PG_BIN to the folder that contains its initdb, or start Docker"
 }
 
-# Whether a folder holds the programs of a server of version 15 or later.
+# Whether a folder contains a server of version 15 or later.
 is_server() {
     [ -x "$1/initdb" ] && [ -x "$1/pg_ctl" ] && [ "$(major_version "$1")" -ge 15 ] 2>/dev/null
 }
@@ -42,8 +42,8 @@ major_version() {
     "$1/postgres" --version | sed 's/[^0-9]*\([0-9]*\).*/\1/'
 }
 
-# PostgreSQL refuses to run as root, so root hands its commands to the user postgres. That user may not be able to reach
-# the checkout by its path (a home folder is closed to it), but it can reach a folder that is already open.
+# PostgreSQL refuses to run as root, so root runs its commands as the user postgres. That user may have no access to the path
+# of the checkout, such as a home folder, but it can use a folder that is already open.
 if [ "$(id -u)" = 0 ]; then
     reach=/proc/self/fd/9
     as_server() { (cd / && exec runuser -u postgres -- "$@") 9<"$home"; }
@@ -61,20 +61,20 @@ random_password() {
     od -An -N16 -tx1 /dev/urandom | tr -d ' \n'
 }
 
-# Below the range from which systems take the ports of outgoing connections.
+# Below the range of ports for outgoing connections.
 choose_port() {
     echo $((15000 + $(od -An -N2 -tu2 /dev/urandom) % 17000)) > "$home/port"
 }
 
-# A folder with a port and this password, which belongs to the user of the server.
+# Creates the folder with a port and this password. It belongs to the user of the server.
 make_home() {
     rm -rf "$home"
     mkdir -m 700 "$home"
     choose_port
     echo "$1" > "$home/password"
     if [ "$server" != docker ] && [ "$(id -u)" = 0 ]; then
-        id postgres >/dev/null 2>&1 || fail "PostgreSQL does not run as root and there is no user postgres to run it" \
-            "instead: create one with useradd --system postgres, or run this as another user"
+        id postgres >/dev/null 2>&1 || fail "PostgreSQL does not run as root and there is no user postgres:" \
+            "create one with useradd --system postgres, or run this as another user"
         chown -R postgres "$home"
     fi
 }
@@ -89,16 +89,16 @@ create() {
 			listen_addresses = '127.0.0.1'
 			unix_socket_directories = ''
 			wal_level = logical
-			max_connections = 300  # as many tests at once as there are cores
+			max_connections = 300  # tests run in parallel, one on each core
 		END
         echo 'create database listing' | as_server "$server/postgres" --single -D "$reach/data" \
             -c log_checkpoints=off postgres >/dev/null
     fi
-    # Written last: a cluster without it was never finished, and is made anew.
+    # Written last: a cluster without this file is incomplete and is created again.
     echo "$server" > "$home/server"
 }
 
-# Starts the cluster. Its port may have been taken since it last ran; then it moves to another.
+# Starts the cluster. If its port is in use, the cluster takes another.
 start() {
     for _ in 1 2 3 4 5; do
         if as_server "$server/pg_ctl" --pgdata="$reach/data" --wait --log="$reach/server.log" \
@@ -107,22 +107,22 @@ start() {
             return
         fi
         tail -n 20 "$home/server.log" | grep -q 'could not bind' || break
-        say "port $(cat "$home/port") is taken, choosing another"
+        say "port $(cat "$home/port") is in use, choosing another"
         choose_port
     done
     tail -n 20 "$home/server.log" >&2
-    fail "PostgreSQL did not start: its last words are above, all of them in $home/server.log"
+    fail "PostgreSQL did not start: the end of $home/server.log is above"
 }
 
 is_running() {
     as_server "$server/pg_ctl" --pgdata="$reach/data" status >/dev/null 2>&1
 }
 
-# Lets one call at a time make or start the cluster, so that two terminals do not get into each other's way.
+# Only one call at a time creates or starts the cluster.
 lock() {
     waited=0
     until mkdir "$home.lock" 2>/dev/null; do
-        [ $waited -lt 600 ] || fail "another call has held $home.lock for a minute: remove it if that one is gone"
+        [ $waited -lt 600 ] || fail "another call has held $home.lock for a minute: remove it if that call has ended"
         waited=$((waited + 1))
         sleep 0.1
     done
@@ -132,17 +132,17 @@ lock() {
 
 up() {
     if [ -n "${DATABASE_URL:-}" ]; then echo "$DATABASE_URL"; return; fi
-    [ -z "${PG_BIN:-}" ] || is_server "$PG_BIN" || fail "PG_BIN=$PG_BIN holds no PostgreSQL server, 15 or later"
+    [ -z "${PG_BIN:-}" ] || is_server "$PG_BIN" || fail "PG_BIN=$PG_BIN contains no PostgreSQL server, 15 or later"
     lock
-    if [ ! -f "$home/server" ]; then say "making a private PostgreSQL in ${home#"$checkout/"}"; create; fi
+    if [ ! -f "$home/server" ]; then say "creating a private PostgreSQL in ${home#"$checkout/"}"; create; fi
     server=$(cat "$home/server")
     if [ "$server" = docker ]; then
         compose up --detach --wait db >&2
     else
-        made_by=$(cat "$home/data/PG_VERSION")
+        created_by=$(cat "$home/data/PG_VERSION")
         server=${PG_BIN:-$server}
-        [ "$(major_version "$server")" = "$made_by" ] ||
-            fail "the cluster in $home was made by PostgreSQL $made_by, not by the one in $server: make clean removes it"
+        [ "$(major_version "$server")" = "$created_by" ] ||
+            fail "the cluster in $home was created by PostgreSQL $created_by, not by the one in $server: make clean removes it"
         is_running || start
     fi
     echo "postgres://postgres:$(cat "$home/password")@127.0.0.1:$(cat "$home/port")/listing"
@@ -150,11 +150,11 @@ up() {
 
 follow() {
     server=${PG_BIN:-$(find_server)}
-    [ "$server" != docker ] || fail "a standby needs the server programs of PostgreSQL: see the README"
+    [ "$server" != docker ] || fail "a standby needs the server programs of PostgreSQL: see README.md"
     [ ! -f "$home/server" ] || fail "there is a cluster in $home already"
     make_home "$(echo "$1" | sed 's|.*://[^:]*:\([^@]*\)@.*|\1|')"
     as_server "$server/pg_basebackup" --dbname="$1" --pgdata="$reach/data" --checkpoint=fast --no-sync --write-recovery-conf
-    # With the usual five seconds, a primary that came back waits as long for its standby.
+    # The default is five seconds, which a restarted primary would have to wait for its standby.
     echo "wal_retrieve_retry_interval = '100ms'" >> "$home/data/postgresql.auto.conf"
     echo "$server" > "$home/server"
     up
@@ -188,7 +188,7 @@ run() {
     fi
 }
 
-# How: as pg_ctl says it, and compose.
+# Arguments: the shutdown mode of pg_ctl, then the command of docker compose.
 stop() {
     [ -f "$home/server" ] || return 0
     server=$(cat "$home/server")

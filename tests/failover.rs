@@ -17,7 +17,7 @@ async fn writes_reach_a_promoted_standby_and_no_acknowledged_one_is_lost() {
         let url = through(&primary, &[&two.address, &one.address]);
         let service = Service::start_at(&format!("{url}?target_session_attrs=read-write"), &[]);
         let report = format!(
-            "ready\nstandby {} takes no writes\nprimary {} takes reads and writes\n",
+            "ready\nstandby {} does not accept writes\nprimary {} accepts writes\n",
             two.address, one.address
         );
         within(TWO_SECONDS, &report, || {
@@ -62,7 +62,7 @@ async fn writes_reach_a_promoted_standby_and_no_acknowledged_one_is_lost() {
         assert!(
             report
                 .text()
-                .contains(&format!("primary {} takes", two.address))
+                .contains(&format!("primary {} accepts writes", two.address))
         );
 
         // Every acknowledged price is in the log of the new primary.
@@ -193,15 +193,12 @@ async fn replicas_are_read_in_turn_and_a_replica_that_is_down_is_skipped() {
         lines[..2],
         [
             "ready",
-            &format!("primary {} takes reads and writes", primary.address())
+            &format!("primary {} accepts writes", primary.address())
         ]
     );
-    assert!(lines[2].starts_with(&format!(
-        "replica {} takes reads only",
-        replicas[0].address()
-    )));
+    assert!(lines[2].starts_with(&format!("replica {} is read-only", replicas[0].address())));
     assert!(
-        lines[3].starts_with("replica 127.0.0.1:1 is gone: error connecting to server"),
+        lines[3].starts_with("replica 127.0.0.1:1 is down: error connecting to server"),
         "{lines:?}"
     );
 
@@ -254,7 +251,7 @@ async fn a_replica_that_lags_never_contradicts_the_writes_of_a_client() {
     let service = Service::start_at(&primary.url, &settings);
     within(TWO_SECONDS, "a replica that has caught up", || {
         let ready = service.admin("/health/ready");
-        ready.text().ends_with("takes reads only\n")
+        ready.text().ends_with("is read-only\n")
     });
     let old = service.post(LOFT);
     let old_etag = old.header("etag").expect("an ETag").to_owned();
@@ -330,12 +327,10 @@ async fn a_replica_that_lags_too_much_is_not_read() {
     let service = Service::start_at(&primary.url, &settings);
     assert_eq!(price(&service), 1);
     let health_of = |path| service.admin(path).text().to_owned();
-    assert!(
-        health_of("/health/ready").ends_with("takes reads only, further behind than is known\n")
-    );
+    assert!(health_of("/health/ready").ends_with("is read-only, lag unknown\n"));
     run(&replaying, "select pg_wal_replay_resume()").await;
     within(TWO_SECONDS, "a replica that has caught up", || {
-        health_of("/health/ready").ends_with("takes reads only\n")
+        health_of("/health/ready").ends_with("is read-only\n")
     });
     pause_replay(&replaying).await;
     reprice(2);

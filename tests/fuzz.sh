@@ -1,6 +1,6 @@
 #!/bin/sh
-# Lets schemathesis make requests of the served OpenAPI document, good and bad ones, and hold the answers against it. On a
-# database of its own. Run it by `make fuzz`, which sets the variables.
+# Sends valid and invalid requests that schemathesis generates from the OpenAPI document, and checks the responses against it.
+# It uses a database of its own. Run it with `make fuzz`, which sets the variables.
 set -eu
 
 server_url=$(echo "$DATABASE_URL" | sed 's|/[^/?]*\([?].*\)\{0,1\}$|/postgres\1|')

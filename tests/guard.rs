@@ -1,4 +1,4 @@
-//! What nobody can do to the log, and what each role can.
+//! What each role can do with the log, and what no role can.
 
 use crate::support::{
     Database, HISTORY, OTHER_COLUMNS, OTHER_VALUES, insert_listing, refusal, rows, run, value,
@@ -95,7 +95,7 @@ async fn the_service_role_can_do_nothing_else() {
 }
 
 #[tokio::test]
-async fn an_id_does_not_change_under_a_history() {
+async fn the_id_of_a_listing_with_a_history_cannot_change() {
     let db = Database::migrated().await;
     run(&db.superuser, &insert_listing(1, "1")).await;
     let service = db.login("service", "in role listing_api").await;
@@ -168,7 +168,7 @@ async fn a_role_without_a_grant_sees_nothing() {
             expected
         );
     }
-    // The views look with the rights of the reader, also where somebody granted them generously.
+    // The views run with the rights of the reader, so a grant on a view is not enough.
     run(
         &db.superuser,
         "grant select on listing_price_change to public",
@@ -182,7 +182,7 @@ async fn a_role_without_a_grant_sees_nothing() {
 }
 
 #[tokio::test]
-async fn not_even_the_owner_rewrites_or_empties_the_log() {
+async fn the_owner_cannot_update_or_truncate_the_log() {
     let db = Database::migrated().await;
     run(&db.superuser, &insert_listing(1, "1")).await;
     for (sql, refused) in [
@@ -201,7 +201,7 @@ async fn not_even_the_owner_rewrites_or_empties_the_log() {
 }
 
 #[tokio::test]
-async fn a_log_row_that_is_no_change_is_refused_by_the_log_itself() {
+async fn the_log_refuses_a_row_whose_two_prices_are_equal() {
     let db = Database::migrated().await;
     run(&db.superuser, &insert_listing(1, "1")).await;
     let sql = "insert into listing_price_log (listing_id, old_price, new_price, changed_by) values (1, 1, 1.00, 'me')";
@@ -266,7 +266,7 @@ async fn a_hostile_temporary_table_changes_nothing() {
 }
 
 #[tokio::test]
-async fn the_table_itself_refuses_what_breaks_a_rule() {
+async fn the_listing_table_refuses_values_that_break_a_rule() {
     let db = Database::migrated().await;
     run(&db.superuser, &insert_listing(1, "9999999999.99")).await;
     for (assignment, expected) in [

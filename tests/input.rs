@@ -1,11 +1,11 @@
-//! What bad input gets, row by row of the contract's table, and that it leaves nothing behind for the next request.
+//! Invalid input gets the documented error and does not affect the next request.
 
 use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::support::{Connection, Database, JSON, LOFT, Service, run, value};
 
-/// Asserts a refusal, then that the same connection and a new one serve the next good request, and that nothing was written.
+/// Asserts an error, then that a valid request succeeds on the same connection and on a new one.
 fn assert_refused(
     service: &Service,
     connection: &mut Connection,
@@ -29,7 +29,7 @@ fn assert_refused(
 }
 
 #[tokio::test]
-async fn what_is_no_json_is_malformed() {
+async fn a_body_that_is_not_json_gets_400() {
     let service = Service::start().await;
     service.post(LOFT);
     let mut connection = service.connect();
@@ -70,7 +70,7 @@ async fn what_is_no_json_is_malformed() {
 
 #[tokio::test]
 #[expect(clippy::too_many_lines, reason = "a table of one row for each rule")]
-async fn json_that_breaks_a_rule_is_refused_by_the_name_of_its_field() {
+async fn a_field_that_breaks_a_rule_gets_422_with_its_name() {
     let service = Service::start().await;
     service.post(LOFT);
     let mut connection = service.connect();
@@ -87,7 +87,7 @@ async fn json_that_breaks_a_rule_is_refused_by_the_name_of_its_field() {
         (
             r#""name":"#,
             r#""name":"x","name":"#,
-            "name: must be given once",
+            "name: must be given only once",
         ),
         (
             r#""name":"#,
@@ -133,7 +133,7 @@ async fn json_that_breaks_a_rule_is_refused_by_the_name_of_its_field() {
         (
             r#""FR"}"#,
             r#""FR","city":"x"}"#,
-            "postal_address.city: must be given once",
+            "postal_address.city: must be given only once",
         ),
         (
             "APARTMENT",
@@ -278,7 +278,7 @@ async fn json_that_breaks_a_rule_is_refused_by_the_name_of_its_field() {
 }
 
 #[tokio::test]
-async fn a_whole_number_may_be_written_with_a_decimal_point() {
+async fn an_integer_may_be_written_with_a_decimal_point() {
     let service = Service::start().await;
     let body = LOFT
         .replace(r#""rooms_count":2"#, r#""rooms_count":2.0"#)
@@ -292,7 +292,7 @@ async fn a_whole_number_may_be_written_with_a_decimal_point() {
 }
 
 #[tokio::test]
-async fn a_body_that_is_not_declared_as_json_is_refused() {
+async fn a_body_that_is_not_declared_as_json_gets_415() {
     let service = Service::start().await;
     service.post(LOFT);
     let mut connection = service.connect();
@@ -339,7 +339,7 @@ async fn a_body_that_is_not_declared_as_json_is_refused() {
 }
 
 #[tokio::test]
-async fn a_body_over_64_kib_is_refused_and_one_of_64_kib_is_not() {
+async fn a_body_of_64_kib_is_accepted_and_a_longer_one_gets_413() {
     let service = Service::start().await;
     service.post(LOFT);
     let of_length =
@@ -358,7 +358,7 @@ async fn a_body_over_64_kib_is_refused_and_one_of_64_kib_is_not() {
         request,
         (413, "the body must not exceed 64 KiB"),
     );
-    // In pieces, whose length nobody has declared.
+    // In chunks, without a content-length.
     connection.write(b"POST /listings HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n");
     for piece in larger.as_bytes().chunks(10_000) {
         connection.write(&[format!("{:x}\r\n", piece.len()).as_bytes(), piece, b"\r\n"].concat());
@@ -369,7 +369,7 @@ async fn a_body_over_64_kib_is_refused_and_one_of_64_kib_is_not() {
 }
 
 #[tokio::test]
-async fn what_is_not_there_is_not_found() {
+async fn an_unknown_id_or_path_gets_404() {
     let service = Service::start().await;
     service.post(LOFT);
     let mut connection = service.connect();
@@ -410,7 +410,7 @@ async fn what_is_not_there_is_not_found() {
             404
         );
     }
-    let nothing = "there is nothing at this path, see /openapi.yaml";
+    let nothing = "no such path, see /openapi.yaml";
     for path in [
         "/",
         "/listings/",
@@ -431,7 +431,7 @@ async fn what_is_not_there_is_not_found() {
 }
 
 #[tokio::test]
-async fn a_parameter_that_breaks_its_rule_is_named() {
+async fn a_parameter_that_breaks_a_rule_gets_400_with_its_name() {
     let service = Service::start().await;
     service.post(LOFT);
     let mut connection = service.connect();
@@ -440,7 +440,10 @@ async fn a_parameter_that_breaks_its_rule_is_named() {
         ("/listings?limit=1001", "limit: must be between 1 and 1000"),
         ("/listings?limit=1e2", "limit: must be between 1 and 1000"),
         ("/listings?limit=", "limit: must be between 1 and 1000"),
-        ("/listings?limit=1&limit=2", "limit: must be given once"),
+        (
+            "/listings?limit=1&limit=2",
+            "limit: must be given only once",
+        ),
         (
             "/listings?after=-1",
             "after: must be an integer between 0 and 2147483647",
@@ -479,7 +482,7 @@ async fn a_parameter_that_breaks_its_rule_is_named() {
             "/listings?min_surface=NaN",
             "min_surface: must be a number, 0 or more",
         ),
-        ("/listings?page=2", "page: is not a parameter here"),
+        ("/listings?page=2", "page: is not a parameter of this path"),
         ("/listings?city=%FF", "city: must be UTF-8"),
         (
             "/listings/1/prices?limit=0",
@@ -487,17 +490,17 @@ async fn a_parameter_that_breaks_its_rule_is_named() {
         ),
         (
             "/listings/1/prices?from=yesterday",
-            "from: must be a moment such as 2023-01-17T08:17:32Z",
+            "from: must be a date and time such as 2023-01-17T08:17:32Z",
         ),
         (
             "/listings/1/prices?to=2023-01-17",
-            "to: must be a moment such as 2023-01-17T08:17:32Z",
+            "to: must be a date and time such as 2023-01-17T08:17:32Z",
         ),
         (
             "/listings/1/prices?after=x",
-            "after: must come from the link to this page",
+            "after: must come from a Link header",
         ),
-        ("/listings/1/prices?x", "x: is not a parameter here"),
+        ("/listings/1/prices?x", "x: is not a parameter of this path"),
     ] {
         assert_refused(
             &service,
@@ -509,7 +512,7 @@ async fn a_parameter_that_breaks_its_rule_is_named() {
 }
 
 #[tokio::test]
-async fn what_is_no_http_gets_the_error_of_the_contract_and_the_end_of_its_connection() {
+async fn a_request_that_is_not_http_gets_400_and_its_connection_is_closed() {
     let service = Service::start().await;
     service.post(LOFT);
     for garbage in [
@@ -520,13 +523,13 @@ async fn what_is_no_http_gets_the_error_of_the_contract_and_the_end_of_its_conne
         b"GET / HTTP/9.9\r\n\r\n",
     ] {
         let mut connection = service.connect();
-        // Behind a good request, whose answer must come first and whole.
+        // After a valid request on the same connection, which must get its whole response first.
         connection.write(&[b"GET /listings/1 HTTP/1.1\r\nhost: x\r\n\r\n", garbage].concat());
         assert_eq!(connection.receive("GET", "/listings/1").status, 200);
         let response = connection.receive("GET", "/");
         assert_eq!(
             response.error(),
-            (400, "the request is not well-formed HTTP".to_owned())
+            (400, "the request is not valid HTTP".to_owned())
         );
         assert_eq!(response.header("access-control-allow-origin"), Some("*"));
         connection.assert_closed();
@@ -535,7 +538,47 @@ async fn what_is_no_http_gets_the_error_of_the_contract_and_the_end_of_its_conne
 }
 
 #[tokio::test]
-async fn connections_that_trickle_are_closed_and_hold_up_nobody() {
+async fn an_unknown_file_or_method_and_a_broken_body_or_head_are_explained() {
+    let service = Service::start().await;
+    let long_head = format!("x: {}\r\n", "x".repeat(128 * 1024));
+    let chunked = format!("{JSON}transfer-encoding: chunked\r\n");
+    for (method, path, headers, body, expected) in [
+        ("GET", "/docs/x.js", "", "", (404, "no such file: x.js")),
+        (
+            "PUT",
+            "/listings",
+            "",
+            "",
+            (
+                405,
+                "PUT is not allowed on this path, use GET, HEAD, POST, OPTIONS",
+            ),
+        ),
+        (
+            "POST",
+            "/listings",
+            &chunked,
+            "zz\r\n",
+            (400, "the body is incomplete or does not match its headers"),
+        ),
+        (
+            "GET",
+            "/listings/1",
+            &long_head,
+            "",
+            (431, "the request head is too large"),
+        ),
+    ] {
+        let mut connection = service.connect();
+        let head = format!("{method} {path} HTTP/1.1\r\nhost: x\r\n{headers}\r\n{body}");
+        connection.write(head.as_bytes());
+        let error = connection.receive(method, path).error();
+        assert_eq!(error, (expected.0, expected.1.to_owned()));
+    }
+}
+
+#[tokio::test]
+async fn slow_requests_get_408_and_do_not_delay_others() {
     let service = Service::start().await;
     service.post(LOFT);
     let begun = Instant::now();
@@ -552,7 +595,7 @@ async fn connections_that_trickle_are_closed_and_hold_up_nobody() {
         assert_eq!(service.post(LOFT).status, 201);
         assert!(
             sent.elapsed() < Duration::from_secs(2),
-            "held up for {:?}",
+            "took {:?}",
             sent.elapsed()
         );
         thread::sleep(Duration::from_millis(50));
@@ -574,7 +617,7 @@ async fn connections_that_trickle_are_closed_and_hold_up_nobody() {
 }
 
 #[tokio::test]
-async fn a_slow_reader_of_everything_costs_neither_memory_nor_a_connection() {
+async fn a_slow_reader_of_a_long_list_holds_neither_memory_nor_a_connection() {
     let db = Database::migrated().await;
     let fill = "insert into listing (name, description, building_type, street_address, postal_code, city, country, \
         surface_area_m2, rooms_count, bedrooms_count, price) \
@@ -585,13 +628,13 @@ async fn a_slow_reader_of_everything_costs_neither_memory_nor_a_connection() {
     let mut slow = service.connect();
     slow.request("GET", "/listings", "", "");
     thread::sleep(Duration::from_millis(500));
-    // The one connection of the pool is free while nobody reads.
+    // The only connection of the pool is free while the client does not read.
     for _ in 0..20 {
         let sent = Instant::now();
         assert_eq!(service.get("/listings?limit=1").status, 200);
         assert!(
             sent.elapsed() < Duration::from_secs(1),
-            "held up for {:?}",
+            "took {:?}",
             sent.elapsed()
         );
     }
@@ -612,7 +655,7 @@ async fn a_slow_reader_of_everything_costs_neither_memory_nor_a_connection() {
 }
 
 #[tokio::test]
-async fn a_list_that_breaks_off_ends_its_connection_and_says_why_in_the_log() {
+async fn a_list_that_fails_midway_closes_its_connection_and_logs_the_cause() {
     let db = Database::migrated().await;
     let fill = "insert into listing (name, description, building_type, street_address, postal_code, city, country, \
         surface_area_m2, rooms_count, bedrooms_count, price) \
@@ -623,9 +666,9 @@ async fn a_list_that_breaks_off_ends_its_connection_and_says_why_in_the_log() {
     slow.write(b"GET /listings HTTP/1.1\r\nhost: x\r\nx-request-id: slow\r\n\r\n");
     slow.wait_for_the_first_byte();
     run(service.superuser(), "alter table listing rename to moved").await;
-    // No last chunk: the client can tell that this is not all.
+    // Without the last chunk, the client knows that the list is incomplete.
     assert!(!slow.rest().ends_with(b"0\r\n\r\n"));
-    let causes = service.logged("broken off");
+    let causes = service.logged("broke off");
     assert_eq!(causes.len(), 1, "{causes:?}");
     assert!(
         causes[0].contains("slow") && causes[0].contains("listing"),

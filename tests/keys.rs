@@ -1,4 +1,4 @@
-//! Who may write with `AUTH=keys`, whose listings, and who stands in the log.
+//! With `AUTH=keys`: which key may write which listing, and which actor is logged.
 
 use std::collections::HashMap;
 use std::sync::Mutex;
@@ -15,7 +15,7 @@ use crate::support::{
 };
 
 const NOT_VALID: &str = "authorization: the key is not valid";
-const MALFORMED: &str = "authorization: must be Bearer and a key, once";
+const MALFORMED: &str = "authorization: must be one header, Bearer followed by a key";
 
 async fn service_with_keys() -> Service {
     Service::start_with(&[("AUTH", "keys")]).await
@@ -26,7 +26,7 @@ fn priced(price: &str) -> String {
 }
 
 #[tokio::test]
-async fn each_key_writes_what_is_its_own_and_everybody_reads() {
+async fn each_key_writes_its_own_listings_and_every_client_reads() {
     let service = service_with_keys().await;
     let db = service.superuser();
     let revoked = create_key(db, "a").await;
@@ -36,7 +36,7 @@ async fn each_key_writes_what_is_its_own_and_everybody_reads() {
     let unknown = a.replace("lk_", "lk_0");
     let mut connection = service.connect();
     let mut id = 1000;
-    // The headers, the owner and the name in the log of whoever gets in.
+    // The headers, and for a valid key the owner of its listings and the actor in the log.
     for (headers, writer) in [
         (JSON.to_owned(), None),
         (bearer("\"'"), None),
@@ -85,7 +85,7 @@ async fn each_key_writes_what_is_its_own_and_everybody_reads() {
                 for path in [&path, &format!("{path}/prices")] {
                     assert_eq!(connection.send("GET", path, &headers, "").status, read);
                 }
-                // The prices, by whom, and whose it is now: no write but those that were let in.
+                // The price, the owner and the actors: only a permitted write has changed anything.
                 let actor = writer.map_or("", |(_, actor)| actor);
                 let expected = match expected {
                     204 => vec![],
@@ -109,7 +109,7 @@ async fn each_key_writes_what_is_its_own_and_everybody_reads() {
 }
 
 #[tokio::test]
-async fn what_is_wrong_is_told_in_the_order_of_the_contract() {
+async fn errors_are_reported_in_the_documented_order() {
     let service = service_with_keys().await;
     let db = service.superuser();
     let (a, b) = (create_key(db, "a").await, create_key(db, "b").await);
@@ -158,7 +158,7 @@ async fn what_is_wrong_is_told_in_the_order_of_the_contract() {
         let response = service.send("POST", "/listings", headers, body);
         assert_eq!(response.status, expected, "POST {headers}");
     }
-    // A body that breaks off ends the connection before a key could be looked up.
+    // A malformed body closes the connection before the key is looked up.
     let broken = |method: &str, headers: &str| {
         let mut connection = service.connect();
         let path = if method == "POST" {
@@ -176,13 +176,13 @@ async fn what_is_wrong_is_told_in_the_order_of_the_contract() {
         let statuses = ["", &json(&a), &json("another")].map(|headers| broken(method, headers));
         assert_eq!(statuses, [401, 400, 400], "{method}");
     }
-    // What is no resource, or no method of it, is no write.
+    // An unknown path and an unknown method need no key.
     assert_eq!(service.send("PUT", "/nothing", JSON, LOFT).status, 404);
     assert_eq!(service.send("PUT", "/listings", JSON, LOFT).status, 405);
 }
 
 #[tokio::test]
-async fn a_body_that_trickles_in_without_a_key_is_refused_for_want_of_the_key() {
+async fn a_slow_body_without_a_key_gets_401_and_with_a_key_408() {
     let service = service_with_keys().await;
     let key = create_key(service.superuser(), "a").await;
     let begin = |headers: &str| {
@@ -197,13 +197,13 @@ async fn a_body_that_trickles_in_without_a_key_is_refused_for_want_of_the_key() 
 }
 
 #[tokio::test]
-async fn a_refusal_says_what_to_send_and_no_more() {
+async fn a_401_and_a_403_say_what_is_missing_and_no_more() {
     let service = service_with_keys().await;
     let db = service.superuser();
     let (a, revoked) = (create_key(db, "a").await, create_key(db, "a").await);
     revoke_key(db, &revoked).await;
     run(db, &insert_owned(1, "'b'")).await;
-    let missing = "authorization: is required, as Bearer and a key";
+    let missing = "authorization: is required, as Bearer followed by a key";
     for (headers, expected) in [
         (JSON.to_owned(), (401, missing)),
         (bearer("lk_unknown"), (401, NOT_VALID)),
@@ -216,16 +216,17 @@ async fn a_refusal_says_what_to_send_and_no_more() {
         assert_eq!(response.header("www-authenticate"), challenge);
         assert_eq!(response.header("access-control-allow-origin"), Some("*"));
     }
-    // What a browser asks first, it asks without a key.
-    let preflight = "origin: https://a.example\r\naccess-control-request-method: PUT\r\n";
+    // A preflight carries no key.
+    let preflight = "origin: https://a.example\r\naccess-control-request-method: PUT\r\n\
+        access-control-request-headers: authorization\r\n";
     let allowed = service.send("OPTIONS", "/listings/1", preflight, "");
     assert_eq!(allowed.status, 204);
     let headers = allowed.header("access-control-allow-headers");
-    assert!(headers.is_some_and(|headers| headers.contains("Authorization")));
+    assert!(headers.is_some_and(|headers| headers.to_lowercase().contains("authorization")));
 }
 
 #[tokio::test]
-async fn the_header_is_read_in_one_way() {
+async fn the_authorization_header_has_one_valid_form() {
     let service = service_with_keys().await;
     let db = service.superuser();
     let key = create_key(db, "a").await;
@@ -291,7 +292,7 @@ async fn the_header_is_read_in_one_way() {
 }
 
 #[tokio::test]
-async fn hostile_strings_are_strings() {
+async fn hostile_strings_are_stored_as_strings() {
     let service = service_with_keys().await;
     let db = service.superuser();
     let hostile = r#"'; drop table listing; -- "$1" \' {"a"} 💥"#;
@@ -334,9 +335,9 @@ async fn hostile_strings_are_strings() {
 }
 
 #[tokio::test]
-async fn a_write_is_logged_under_its_own_key_and_no_other() {
+async fn a_write_is_logged_under_the_owner_of_its_key() {
     let db = Database::migrated().await;
-    // What a DBA has set for the role is no match for a key.
+    // The actor of the key overrides one that the DBA has set for the role.
     let url = db.service_url().await;
     let role = format!("{}_login", db.name);
     run(
@@ -344,7 +345,7 @@ async fn a_write_is_logged_under_its_own_key_and_no_other() {
         &format!("alter role {role} set listing.actor = 'of the role'"),
     )
     .await;
-    // Also a trigger of the DBA's own is told who writes, before the row is.
+    // A trigger of the DBA that fires before the write sees the actor too.
     run(
         &db.superuser,
         "create function tell() returns trigger language plpgsql as \
@@ -352,7 +353,7 @@ async fn a_write_is_logged_under_its_own_key_and_no_other() {
         create trigger tell before insert or update on listing for each row execute function tell()",
     )
     .await;
-    // One connection for all of them.
+    // One connection for all keys.
     let settings = [("AUTH", "keys"), ("WORKERS", "1"), ("POOL_SIZE", "1")];
     let mut command = command(&url);
     command.envs(settings);
@@ -391,7 +392,7 @@ async fn a_write_is_logged_under_its_own_key_and_no_other() {
 }
 
 #[tokio::test]
-async fn without_keys_nobody_is_asked_and_the_role_stands_in_the_log() {
+async fn with_auth_off_no_key_is_checked_and_the_role_is_logged() {
     let db = Database::migrated().await;
     let key = create_key(&db.superuser, "a").await;
     run(&db.superuser, &insert_owned(7, "'b'")).await;
@@ -409,7 +410,7 @@ async fn without_keys_nobody_is_asked_and_the_role_stands_in_the_log() {
 }
 
 #[tokio::test]
-async fn a_write_that_waits_for_a_hand_over_is_refused() {
+async fn a_write_that_waits_for_a_hand_over_gets_403() {
     let service = service_with_keys().await;
     let db = service.superuser();
     let (a, b) = (create_key(db, "a").await, create_key(db, "b").await);
@@ -422,11 +423,7 @@ async fn a_write_that_waits_for_a_hand_over_is_refused() {
         .await;
         let path = format!("/listings/{id}");
         let mut connection = service.connect();
-        let (headers, length) = (bearer(&a), body.len());
-        let request = format!(
-            "{method} {path} HTTP/1.1\r\nhost: x\r\n{headers}content-length: {length}\r\n\r\n{body}"
-        );
-        connection.write(request.as_bytes());
+        connection.request(method, &path, &bearer(&a), body);
         service.db().wait_for(WAITING, "1").await;
         run(db, "commit").await;
         assert_eq!(connection.receive(method, &path).status, 403, "{method}");
@@ -434,7 +431,7 @@ async fn a_write_that_waits_for_a_hand_over_is_refused() {
     }
 }
 
-/// Writes a new price to listing 1 as often as it can, until told to stop, and returns how often it could.
+/// Updates the price of listing 1 until `stop` is set. Returns how many updates succeeded.
 fn write_without_pause(service: &Service, key: &str, stop: &AtomicBool) -> usize {
     let (mut connection, mut written) = (service.connect(), 0);
     for price in 1_u64.. {
@@ -452,7 +449,7 @@ fn write_without_pause(service: &Service, key: &str, stop: &AtomicBool) -> usize
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_owner_before_writes_nothing_after_a_hand_over() {
+async fn the_former_owner_writes_nothing_after_a_hand_over() {
     let service = service_with_keys().await;
     let db = service.superuser();
     run(db, &insert_owned(1, "'a'")).await;
@@ -465,17 +462,17 @@ async fn the_owner_before_writes_nothing_after_a_hand_over() {
             .map(|key| scope.spawn(|| write_without_pause(&service, key, &stop)))
             .collect();
         let hand_over = move |owner: &str| {
-            // Waits until whoever owns it has written, so that every hand-over is in the midst of writes.
+            // Waits for a write of the present owner, so that every hand-over happens between writes.
             let newest = "select changed_by from listing_price_log order by id desc limit 1";
             let before = if owner == "a" { "b" } else { "a" };
             let begun = Instant::now();
             while runtime.block_on(value(db, newest)) != before {
                 assert!(
                     begun.elapsed() < Duration::from_secs(10),
-                    "{before} is stuck"
+                    "no write of {before}"
                 );
             }
-            // The price of the hand-over marks its place in the log.
+            // A price of its own marks the hand-over in the log.
             let sql = format!(
                 "begin; select hand_over_listings(array[1], '{owner}'); \
                 set local listing.actor = 'to {owner}'; update listing set price = 0; commit"
@@ -506,17 +503,17 @@ async fn the_owner_before_writes_nothing_after_a_hand_over() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_key_writes_nothing_in_a_request_begun_after_its_revocation_on_any_instance() {
+async fn a_revoked_key_writes_nothing_on_any_instance() {
     let service = service_with_keys().await;
     let db = service.superuser();
     run(db, &insert_owned(1, "'a'")).await;
     let another = Service::start_at(&service.url, &[("AUTH", "keys")]);
     let current = Mutex::new(create_key(db, "a").await);
     let (stop, runtime) = (AtomicBool::new(false), Handle::current());
-    // Of each answered request its key, when it began, and its status.
+    // For each response: the key, the time of the request, and the status.
     let answers = Mutex::new(Vec::new());
     let answered = |key: &str, status: u16| {
-        let answers = answers.lock().expect("the answers");
+        let answers = answers.lock().expect("lock");
         answers
             .iter()
             .rev()
@@ -529,11 +526,11 @@ async fn a_key_writes_nothing_in_a_request_begun_after_its_revocation_on_any_ins
             scope.spawn(move || {
                 let mut connection = instance.connect();
                 while !stop.load(Ordering::Relaxed) {
-                    let key = current.lock().expect("the key").clone();
+                    let key = current.lock().expect("lock").clone();
                     let begun = Instant::now();
                     let response = connection.send("PATCH", "/listings/1", &bearer(&key), "{}");
                     let answer = (key, begun, response.status);
-                    answers.lock().expect("the answers").push(answer);
+                    answers.lock().expect("lock").push(answer);
                 }
             });
         }
@@ -547,12 +544,12 @@ async fn a_key_writes_nothing_in_a_request_begun_after_its_revocation_on_any_ins
                 }
             };
             let round = |_| {
-                let key = current.lock().expect("the key").clone();
+                let key = current.lock().expect("lock").clone();
                 wait_for_an_answer(&key, 200);
                 runtime.block_on(revoke_key(db, &key));
                 let revoked = Instant::now();
                 wait_for_an_answer(&key, 401);
-                *current.lock().expect("the key") = runtime.block_on(create_key(db, "a"));
+                *current.lock().expect("lock") = runtime.block_on(create_key(db, "a"));
                 (key, revoked)
             };
             (0..300).map(round).collect::<HashMap<_, _>>()
@@ -562,12 +559,12 @@ async fn a_key_writes_nothing_in_a_request_begun_after_its_revocation_on_any_ins
         ended.expect("300 revocations")
     });
     assert_eq!(revocations.len(), 300);
-    let answers = answers.into_inner().expect("the answers");
+    let answers = answers.into_inner().expect("lock");
     for (key, begun, status) in &answers {
         let late = revocations.get(key).is_some_and(|revoked| begun > revoked);
         assert!(
             *status == 401 || *status == 200 && !late,
-            "{status} for a late {late} request"
+            "{status}, sent after the revocation: {late}"
         );
     }
     let refused = answers
@@ -578,7 +575,7 @@ async fn a_key_writes_nothing_in_a_request_begun_after_its_revocation_on_any_ins
 }
 
 #[tokio::test]
-async fn a_key_is_looked_up_anew_when_the_connection_was_lost() {
+async fn a_key_lookup_is_retried_after_a_lost_connection() {
     let service = service_with_keys().await;
     let key = create_key(service.superuser(), "a").await;
     for lost in [false, true, true] {
@@ -594,12 +591,12 @@ async fn a_key_is_looked_up_anew_when_the_connection_was_lost() {
     }
 }
 
-/// Asserts that a text holds neither a key nor its hash, in any of the ways in which programs write such.
+/// Asserts that a text contains neither a key nor its hash, in any common notation.
 fn assert_keeps_secret(text: &str, key: &str, hash: &[u8]) {
     let hex = hash
         .iter()
         .fold(String::new(), |hex, byte| format!("{hex}{byte:02x}"));
-    // As Rust shows bytes, the first few of them, in decimal and as an escaped string.
+    // The first bytes as Rust prints them, in decimal and as an escaped string.
     let decimal = format!("{:?}", &hash[..8]).replace(']', "");
     let escaped = hash[..8].escape_ascii().to_string();
     let text = text.to_lowercase();
@@ -610,13 +607,13 @@ fn assert_keeps_secret(text: &str, key: &str, hash: &[u8]) {
 }
 
 #[tokio::test]
-async fn no_key_and_no_hash_is_written_down_anywhere() {
+async fn no_key_and_no_hash_is_logged_or_returned() {
     // A server of its own, which logs every statement.
     let cluster = Cluster::migrated();
     let superuser = cluster.superuser().await;
     for sql in [
         "create role listing_service login password 'secret' in role listing_api",
-        // As the README advises where statements are logged.
+        // The documented settings for a server that logs statements.
         "alter role listing_service set log_parameter_max_length = 0",
         "alter role listing_service set log_parameter_max_length_on_error = 0",
         "alter system set log_statement = 'all'",
@@ -639,14 +636,14 @@ async fn no_key_and_no_hash_is_written_down_anywhere() {
         .query_one("select key_sha256 from api_key", &[])
         .await;
     let hash: Vec<u8> = hash.expect("a row").get(0);
-    let mut said = Vec::new();
+    let mut outputs = Vec::new();
     let mut post = |headers: &str, status| {
         let response = service.send("POST", "/listings", headers, LOFT);
         assert_eq!(response.status, status, "{}", response.text());
-        said.push(format!("{:?} {}", response.headers, response.text()));
+        outputs.push(format!("{:?} {}", response.headers, response.text()));
     };
     post(&bearer(&key), 201);
-    // Errors of all kinds: refused, and failed in the lookup itself.
+    // A malformed header, and lookups that fail.
     post(&format!("{JSON}authorization: Basic {key}\r\n"), 401);
     run(&superuser, "begin; lock table api_key").await;
     post(&bearer(&key), 504);
@@ -665,44 +662,47 @@ async fn no_key_and_no_hash_is_written_down_anywhere() {
     run(&superuser, "select revoke_api_key(1)").await;
     post(&bearer(&key), 401);
 
-    said.push(service.admin("/metrics").text().to_owned());
+    outputs.push(service.admin("/metrics").text().to_owned());
     let check = command(&url).envs(settings).arg("--check").output();
     let check = printed(&check.expect("the program"));
-    assert!(check.contains("with AUTH=keys"), "{check}");
-    said.push(check);
-    // The answer to a later request is logged behind everything of these.
+    assert!(check.contains("AUTH=keys"), "{check}");
+    outputs.push(check);
+    // The line of a later request comes after all lines of these.
     service.send("GET", "/listings/9", "x-request-id: later\r\n", "");
     service.logged("later");
-    said.extend(service.log());
-    let most_talkative = said.iter().any(|line| line.contains("executing statement"));
-    assert!(most_talkative, "the driver does not log what it sends");
-    said.extend(rows(&superuser, "select query from pg_stat_activity").await);
+    outputs.extend(service.log());
+    let logs_statements = outputs
+        .iter()
+        .any(|line| line.contains("executing statement"));
+    assert!(logs_statements, "the driver logs no statement");
+    outputs.extend(rows(&superuser, "select query from pg_stat_activity").await);
     let server_log = std::fs::read(cluster.folder.path().join(".postgres/server.log"));
-    let server_log = String::from_utf8_lossy(&server_log.expect("its log")).into_owned();
+    let server_log =
+        String::from_utf8_lossy(&server_log.expect("read the log of the server")).into_owned();
     for statement in [
         "from public.find_api_keys($1)",
         "select create_api_key('a')",
     ] {
         assert!(server_log.contains(statement), "{statement}");
     }
-    assert_keeps_secret(&said.join("\n"), &key, &hash);
+    assert_keeps_secret(&outputs.join("\n"), &key, &hash);
     assert_keeps_secret(&server_log, &key, &hash);
 }
 
 #[tokio::test]
-async fn a_key_is_looked_up_where_writes_are_taken() {
+async fn a_key_is_looked_up_on_the_primary() {
     let primary = Cluster::migrated();
     let replica = primary.standby();
     let superuser = primary.superuser().await;
     let old = create_key(&superuser, "a").await;
-    // Without target_session_attrs, the standby is read where the primary is gone.
+    // Without target_session_attrs, the standby is read while the primary is down.
     let both = through(&primary, &[primary.address(), replica.address()]);
     let settings = [("DATABASE_READ_URL", &*replica.url), ("AUTH", "keys")];
     let service = Service::start_at(&both, &settings);
     let created = service.send("POST", "/listings", &bearer(&old), LOFT);
     assert_eq!(created.status, 201);
     let replaying = pause_after_the_first_listing(&replica).await;
-    // What the standby does not know yet.
+    // The paused standby does not know these two.
     let new = create_key(&superuser, "a").await;
     revoke_key(&superuser, &old).await;
     let write = |key: &str| {

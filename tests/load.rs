@@ -81,15 +81,15 @@ async fn each_of_many_concurrent_reads_gets_its_own_listing_or_history() {
                             _ => format!("/listings/{id}/prices"),
                         };
                         // Another client sends the same request and hangs up while it is in flight.
-                        let gone = (turn % 8 == 5).then(|| {
-                            let mut gone = service.connect();
-                            gone.request("GET", &path, "", "");
-                            gone
+                        let other = (turn % 8 == 5).then(|| {
+                            let mut other = service.connect();
+                            other.request("GET", &path, "", "");
+                            other
                         });
                         connection.request("GET", &path, "", "");
-                        if gone.is_some() {
+                        if other.is_some() {
                             thread::sleep(Duration::from_micros(turn as u64 * 20));
-                            drop(gone);
+                            drop(other);
                         }
                         let response = connection.receive("GET", &path);
                         match expected.get(&path) {
@@ -162,7 +162,7 @@ async fn a_row_that_cannot_be_read_fails_only_the_requests_for_it() {
     let breaks = "alter table listing enable row level security; \
         create policy breaks on listing using (1 / (id - 3) is not null)";
     for (id, client) in (1..).zip(&mut clients) {
-        client.write(format!("GET /listings/{id} HTTP/1.1\r\nhost: test\r\n\r\n").as_bytes());
+        client.request("GET", &format!("/listings/{id}"), "", "");
     }
     // The only worker answers this after it has started the requests before.
     service.get("/listings/none");

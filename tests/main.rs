@@ -1,5 +1,6 @@
-//! All tests, in one program: they share one template database and run side by side, each on a database of its own.
+//! All tests, in one program. They run in parallel, each on a database of its own, cloned from one template.
 
+mod architecture;
 mod capture;
 mod chaos;
 mod commands;

@@ -1,4 +1,4 @@
-//! The migrations as operators run them: by the real CLI, on fresh databases and on those of the earlier services.
+//! The migrations, run by the refinery CLI on empty databases and on databases of the earlier services.
 
 use std::fs;
 use std::path::Path;
@@ -11,11 +11,11 @@ use tokio_postgres::Client;
 use tokio_postgres::types::Type;
 
 use crate::support::{
-    Cluster, Database, HISTORY, OTHER_COLUMNS, OTHER_VALUES, assert_no_problem, connect,
+    Cluster, Database, HISTORY, OTHER_COLUMNS, OTHER_VALUES, apply, assert_no_problem, connect,
     in_checkout, insert_listing, printed, program, refinery, rows, run, succeed, value,
 };
 
-/// The table as the earlier services made it, and their database with the clock of a server outside UTC.
+/// The table as the earlier services created it.
 const INHERITED_TABLE: &str = "create table listing ( \
     id serial not null, name varchar not null, description varchar not null, building_type varchar not null, \
     street_address varchar not null, postal_code varchar not null, city varchar not null, country varchar not null, \
@@ -23,12 +23,12 @@ const INHERITED_TABLE: &str = "create table listing ( \
     price double precision not null, contact_phone_number varchar, \
     created_date timestamp without time zone, updated_date timestamp without time zone, primary key (id))";
 
-/// The statement by which they store a listing, with the types that their drivers declare.
+/// The statement with which the earlier services insert a listing.
 const INHERITED_INSERT: &str = "insert into listing (name, description, building_type, street_address, postal_code, \
     city, country, surface_area_m2, rooms_count, bedrooms_count, price, contact_phone_number, created_date, updated_date) \
     values ('Old', '', 'HOUSE', '', '', '', 'France', 12.5, 1, 0, $1, null, $2, $2) returning id";
 
-/// A database that the earlier services have filled with 300 listings.
+/// A database of the earlier services with 299 listings. Its time zone is not UTC.
 async fn inherited() -> Database {
     let db = Database::empty().await;
     let sql = format!(
@@ -50,27 +50,24 @@ async fn inherited() -> Database {
 }
 
 fn migrate(db: &Database) -> String {
-    let output = db.migrate(&in_checkout("sql"));
-    let printed = printed(&output);
-    assert!(output.status.success(), "{printed}");
-    printed
+    apply(&db.url(), &in_checkout("sql"))
 }
 
-/// A copy of the migrations that a test may spoil.
+/// A copy of the migrations that a test may change.
 fn migrations() -> TempDir {
     let folder = TempDir::new().expect("a folder");
     for name in migration_names() {
         let copy = folder.path().join(&name);
-        fs::copy(in_checkout("sql").join(name), copy).expect("a copy");
+        fs::copy(in_checkout("sql").join(name), copy).expect("copy a file");
     }
     folder
 }
 
-/// The names of the migrations, in their order.
+/// The file names of the migrations, by version.
 fn migration_names() -> Vec<String> {
-    let folder = fs::read_dir(in_checkout("sql")).expect("the migrations");
+    let folder = fs::read_dir(in_checkout("sql")).expect("read sql/");
     let name = |entry: std::io::Result<fs::DirEntry>| {
-        let name = entry.expect("a file").file_name();
+        let name = entry.expect("a folder entry").file_name();
         name.into_string().expect("a name in UTF-8")
     };
     let mut names: Vec<_> = folder.map(name).collect();
@@ -82,39 +79,35 @@ fn version(name: &str) -> Option<u32> {
     name.strip_prefix('V')?.split_once("__")?.0.parse().ok()
 }
 
-/// The whole catalogue of a database, as the statements that would make it again.
+/// The schema of a database as SQL.
 fn catalogue(db: &Database) -> String {
     let mut pg_dump = program("pg_dump");
     pg_dump.args(["--schema-only", &format!("--dbname={}", db.url())]);
-    // These lines carry a key that is another in each dump.
+    // These lines contain a key that is different in each dump.
     let restrict =
         |line: &&str| !line.starts_with("\\restrict") && !line.starts_with("\\unrestrict");
     let dump = succeed(pg_dump, "");
     dump.lines().filter(restrict).collect::<Vec<_>>().join("\n")
 }
 
-/// Whether a migration left anything at all in a database.
-async fn assert_nothing_there(client: &Client) {
+/// Asserts that no migration has left anything in a database.
+async fn assert_empty(client: &Client) {
     let tables = "select relname from pg_class where relnamespace = 'public'::regnamespace and relname !~ '^refinery'";
     assert_eq!(rows(client, tables).await, [""; 0]);
     assert_eq!(rows(client, "table refinery_schema_history").await, [""; 0]);
 }
 
 #[test]
-fn every_file_has_a_name_that_the_cli_takes() {
+fn every_migration_has_a_valid_name_and_no_version_is_missing() {
     let names = migration_names();
     for (number, name) in (1..).zip(&names) {
-        assert_eq!(
-            version(name),
-            Some(number),
-            "{name}: the versions have no gap"
-        );
+        assert_eq!(version(name), Some(number), "{name}: a version is missing");
         let verb_object = name
             .split_once("__")
-            .expect("two parts")
+            .expect("__ in the name")
             .1
             .strip_suffix(".sql")
-            .expect("an ending");
+            .expect(".sql at the end");
         let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
         assert!(
             !verb_object.is_empty() && verb_object.chars().all(plain),
@@ -148,12 +141,12 @@ async fn a_changed_file_stops_the_cli() {
     let folder = migrations();
     let changed = folder.path().join(&migration_names()[1]);
     let sql = fs::read_to_string(&changed).expect("a migration");
-    fs::write(&changed, format!("{sql}\n-- changed\n")).expect("a change");
+    fs::write(&changed, format!("{sql}\n-- changed\n")).expect("change a file");
     fs::write(
         folder.path().join("V99__add.sql"),
         "create table public.added ()",
     )
-    .expect("a file");
+    .expect("change a file");
     assert_stopped(
         &db,
         folder.path(),
@@ -166,12 +159,12 @@ async fn a_changed_file_stops_the_cli() {
 async fn a_missing_file_stops_the_cli() {
     let db = Database::migrated().await;
     let folder = migrations();
-    fs::remove_file(folder.path().join(&migration_names()[2])).expect("a file");
+    fs::remove_file(folder.path().join(&migration_names()[2])).expect("change a file");
     fs::write(
         folder.path().join("V99__add.sql"),
         "create table public.added ()",
     )
-    .expect("a file");
+    .expect("change a file");
     assert_stopped(
         &db,
         folder.path(),
@@ -188,12 +181,12 @@ async fn a_failing_statement_stops_the_cli() {
         folder.path().join("V98__add.sql"),
         "create table public.added ()",
     )
-    .expect("a file");
-    fs::write(folder.path().join("V99__fail.sql"), "select 1 / 0").expect("a file");
+    .expect("change a file");
+    fs::write(folder.path().join("V99__fail.sql"), "select 1 / 0").expect("change a file");
     assert_stopped(&db, folder.path(), "division by zero").await;
 }
 
-/// Asserts that the CLI fails with these words and leaves the database as it was.
+/// Asserts that the CLI fails with these words and changes nothing.
 async fn assert_stopped(db: &Database, folder: &Path, words: &str) {
     let before = catalogue(db);
     let applied = rows(&db.superuser, "table refinery_schema_history").await;
@@ -211,14 +204,14 @@ async fn assert_stopped(db: &Database, folder: &Path, words: &str) {
 async fn the_first_migration_is_all_or_nothing() {
     let db = Database::empty().await;
     let folder = migrations();
-    fs::write(folder.path().join("V99__fail.sql"), "select 1 / 0").expect("a file");
+    fs::write(folder.path().join("V99__fail.sql"), "select 1 / 0").expect("change a file");
     let output = db.migrate(folder.path());
     assert!(!output.status.success());
-    assert_nothing_there(&db.superuser).await;
+    assert_empty(&db.superuser).await;
 }
 
 #[tokio::test]
-async fn a_table_in_use_makes_the_migration_fail_instead_of_everybody_wait() {
+async fn a_migration_of_a_locked_table_fails_instead_of_blocking_others() {
     let db = inherited().await;
     let reader = db.connect().await;
     run(&reader, "begin; select from listing").await;
@@ -234,14 +227,13 @@ async fn a_table_in_use_makes_the_migration_fail_instead_of_everybody_wait() {
 }
 
 #[tokio::test]
-async fn the_last_migration_applies_onto_tables_that_hold_data() {
+async fn the_last_migration_applies_to_tables_with_data() {
     let db = Database::empty().await;
     let folder = migrations();
     let names = migration_names();
     let last = folder.path().join(names.last().expect("a migration"));
-    fs::remove_file(last).expect("a file");
-    let output = db.migrate(folder.path());
-    assert!(output.status.success(), "{}", printed(&output));
+    fs::remove_file(last).expect("change a file");
+    apply(&db.url(), folder.path());
     run(&db.superuser, &insert_listing(1, "1")).await;
     run(&db.superuser, "update listing set price = 2").await;
 
@@ -255,14 +247,13 @@ async fn the_last_migration_applies_onto_tables_that_hold_data() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn no_price_slips_past_the_backfill_while_others_write() {
+async fn the_backfill_misses_no_concurrent_write() {
     let db = inherited().await;
     let folder = migrations();
     for name in migration_names().iter().skip(2) {
-        fs::remove_file(folder.path().join(name)).expect("a file");
+        fs::remove_file(folder.path().join(name)).expect("change a file");
     }
-    let output = db.migrate(folder.path());
-    assert!(output.status.success(), "{}", printed(&output));
+    apply(&db.url(), folder.path());
     let written = Arc::new(AtomicUsize::new(0));
     let stop = Arc::new(AtomicBool::new(false));
     let mut writers = Vec::new();
@@ -289,7 +280,7 @@ async fn no_price_slips_past_the_backfill_while_others_write() {
     wait_for_more(&written).await;
     stop.store(true, Ordering::Relaxed);
     for writer in writers {
-        writer.await.expect("a writer");
+        writer.await.expect("a writer without a failure");
     }
     let more = format!(
         "select count(*) filter (where old_price is null), count(*) filter (where old_price is not null) > {before} \
@@ -299,21 +290,18 @@ async fn no_price_slips_past_the_backfill_while_others_write() {
     assert_no_problem(&db.superuser).await;
 }
 
-/// Waits until the writers have written a good deal more.
+/// Waits for 200 more writes.
 async fn wait_for_more(written: &AtomicUsize) {
     let enough = written.load(Ordering::Relaxed) + 200;
     let begun = Instant::now();
     while written.load(Ordering::Relaxed) < enough {
-        assert!(
-            begun.elapsed() < Duration::from_secs(30),
-            "the writers are stuck"
-        );
+        assert!(begun.elapsed() < Duration::from_secs(30), "no more writes");
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
 }
 
 #[tokio::test]
-async fn everything_that_a_dba_meets_explains_itself() {
+async fn every_object_has_a_comment() {
     let db = Database::migrated().await;
     let silent = "select relname::text from pg_class where relnamespace = 'public'::regnamespace and relkind in ('r', 'v') \
             and obj_description(oid, 'pg_class') is null and relname <> 'refinery_schema_history' \
@@ -327,16 +315,16 @@ async fn everything_that_a_dba_meets_explains_itself() {
 }
 
 #[tokio::test]
-async fn an_index_built_concurrently_by_hand_is_found_by_its_migration() {
+async fn a_migration_keeps_an_index_that_was_built_concurrently() {
     let db = Database::migrated().await;
     let folder = migrations();
     let file = folder.path().join("V99__index_listing_city.sql");
-    // What the CLI itself cannot do, because it sends every file inside a transaction.
+    // The CLI cannot do this: it sends every file inside a transaction.
     fs::write(
         &file,
         "create index concurrently city on public.listing (city)",
     )
-    .expect("a file");
+    .expect("change a file");
     let words = "CREATE INDEX CONCURRENTLY cannot run inside a transaction block";
     assert_stopped(&db, folder.path(), words).await;
 
@@ -351,9 +339,8 @@ async fn an_index_built_concurrently_by_hand_is_found_by_its_migration() {
         &file,
         "create index if not exists city on public.listing (city)",
     )
-    .expect("a file");
-    let output = db.migrate(folder.path());
-    assert!(output.status.success(), "{}", printed(&output));
+    .expect("change a file");
+    apply(&db.url(), folder.path());
     assert_eq!(rows(&db.superuser, index).await, built);
 }
 
@@ -378,7 +365,7 @@ async fn an_inherited_database_migrates_without_loss() {
     );
     let wrong_prices = "select count(*) from listing join old using (id) where abs(listing.price - old.price::numeric) > 0.005";
     assert_eq!(value(&now, wrong_prices).await, "0");
-    // The wall clocks are now moments in UTC; a missing one is the other one, or the moment of the migration.
+    // The dates without a time zone were read as UTC. A missing date became the other date, or the time of the migration.
     let wrong_dates = "select count(*) from listing join old using (id) where \
         listing.created_date is distinct from \
             coalesce(old.created_date at time zone 'UTC', old.updated_date at time zone 'UTC', listing.created_date) \
@@ -393,7 +380,7 @@ async fn an_inherited_database_migrates_without_loss() {
         where log.changed_at = listing.updated_date and log.new_price = listing.price";
     assert_eq!(value(&now, dates).await, "299");
     assert_no_problem(&now).await;
-    // Every older row keeps the checks at its next update.
+    // Every inherited row passes the checks at its next update.
     run(
         &now,
         "update listing set name = name || '!', price = price / 2",
@@ -416,9 +403,9 @@ async fn a_date_in_the_future_does_not_put_the_history_out_of_order() {
 }
 
 #[tokio::test]
-async fn an_older_client_goes_on_working_and_is_captured() {
+async fn an_older_client_keeps_working_and_its_prices_are_logged() {
     let db = inherited().await;
-    // This session lives through the migration, as a service that nobody stops does. Its time zone is that of the server.
+    // This session stays open during the migration, like a service that is not stopped. Its time zone is that of the server.
     let old_client = db.connect().await;
     run(&old_client, "set timezone = 'UTC'").await;
     migrate(&db);
@@ -427,7 +414,7 @@ async fn an_older_client_goes_on_working_and_is_captured() {
         let insert = client
             .prepare_typed(INHERITED_INSERT, &types)
             .await
-            .expect("a statement");
+            .expect("prepare");
         let noon = SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000);
         let row = client
             .query_one(&insert, &[&(0.1 + 0.2), &noon])
@@ -436,14 +423,11 @@ async fn an_older_client_goes_on_working_and_is_captured() {
         let id: i32 = row.get("id");
         let update = "update listing set price = $1, updated_date = $2 where id = $3";
         let types = [Type::FLOAT8, Type::TIMESTAMP, Type::INT4];
-        let update = client
-            .prepare_typed(update, &types)
-            .await
-            .expect("a statement");
+        let update = client.prepare_typed(update, &types).await.expect("prepare");
         client
             .execute(&update, &[&19.99, &noon, &id])
             .await
-            .expect("an update");
+            .expect("update");
         let text =
             format!("update listing set created_date = '2023-11-14 22:13:20' where id = {id}");
         run(&client, &text).await;
@@ -461,7 +445,7 @@ async fn an_older_client_goes_on_working_and_is_captured() {
 }
 
 #[tokio::test]
-async fn an_inherited_row_that_breaks_a_rule_stops_the_migration_by_the_name_of_the_rule() {
+async fn an_inherited_row_that_breaks_a_rule_stops_the_migration_with_the_name_of_the_rule() {
     let db = inherited().await;
     run(&db.superuser, "update listing set price = -1 where id = 7").await;
     let output = db.migrate(&in_checkout("sql"));
@@ -476,7 +460,7 @@ async fn an_inherited_row_that_breaks_a_rule_stops_the_migration_by_the_name_of_
 }
 
 #[tokio::test]
-async fn fresh_and_inherited_databases_end_in_the_same_catalogue() {
+async fn new_and_inherited_databases_end_with_the_same_schema() {
     let fresh = Database::migrated().await;
     let inherited = inherited().await;
     migrate(&inherited);
@@ -510,13 +494,12 @@ async fn a_role_that_may_not_set_the_time_zone_is_told_what_to_run() {
         "create role listing_api nologin; create role listing_auditor nologin",
     )
     .await;
-    let output = refinery(&url, &in_checkout("sql"));
-    assert!(output.status.success(), "{}", printed(&output));
+    apply(&url, &in_checkout("sql"));
 }
 
 #[tokio::test]
 async fn a_role_that_may_not_create_roles_is_told_what_to_run() {
-    // Roles belong to a whole cluster, and in that of the other tests they are there already.
+    // Roles belong to the whole cluster, and the cluster of the other tests already has them.
     let cluster = Cluster::start();
     let superuser = cluster.superuser().await;
     run(&superuser, "create role builder login password 'secret'").await;
@@ -536,9 +519,8 @@ async fn a_role_that_may_not_create_roles_is_told_what_to_run() {
     let hint = "create role listing_api nologin; create role listing_auditor nologin;";
     assert!(refused.contains(hint), "{refused}");
     run(&superuser, hint).await;
-    let output = refinery(&url, &in_checkout("sql"));
-    assert!(output.status.success(), "{}", printed(&output));
-    // All of it belongs to a role without any privilege of its own, and works.
+    apply(&url, &in_checkout("sql"));
+    // The owner of everything has no special privilege, and everything works.
     let mut config = cluster.config.clone();
     let builder = connect(config.user("builder").password("secret").dbname("built")).await;
     run(

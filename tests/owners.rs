@@ -1,14 +1,14 @@
-//! Keys and owners as DBAs handle them, and what each role gets to see of them.
+//! Keys and owners in SQL: what DBAs do with them, and what each role may see.
 
 use tokio_postgres::Client;
 
 use crate::support::{
-    Database, OTHER_COLUMNS, OTHER_VALUES, create_administrator_key, create_key, in_checkout,
-    insert_listing, insert_owned, printed, refusal, revoke_key, rows, run, value,
+    Database, OTHER_COLUMNS, OTHER_VALUES, apply, create_administrator_key, create_key,
+    in_checkout, insert_listing, insert_owned, refusal, revoke_key, rows, run, value,
 };
 
 #[tokio::test]
-async fn a_key_is_random_shown_once_and_kept_as_a_hash() {
+async fn a_key_is_random_and_only_its_hash_is_stored() {
     let db = Database::migrated().await;
     let made = "create temp table made as \
         select create_api_key('o' || n, 'note ' || n) as key from generate_series(1, 1000) as n";
@@ -21,7 +21,7 @@ async fn a_key_is_random_shown_once_and_kept_as_a_hash() {
 }
 
 #[tokio::test]
-async fn a_key_has_an_owner_with_a_name_or_is_an_administrators() {
+async fn a_key_has_a_named_owner_or_is_an_administrators_key() {
     let db = Database::migrated().await;
     let one_of_both = "22023 a key has an owner, or administrator => true: one of the two";
     let broken = |rule: &str| {
@@ -69,7 +69,7 @@ async fn a_key_has_an_owner_with_a_name_or_is_an_administrators() {
 }
 
 #[tokio::test]
-async fn a_revoked_key_stays_in_the_list_with_the_moment_of_its_end() {
+async fn a_revoked_key_stays_in_the_list_with_the_time_of_its_revocation() {
     let db = Database::migrated().await;
     for owner in ["a", "b"] {
         create_key(&db.superuser, owner).await;
@@ -125,7 +125,7 @@ async fn listings_are_handed_over_and_taken_back() {
 }
 
 #[tokio::test]
-async fn each_role_gets_at_keys_and_owners_as_far_as_it_needs() {
+async fn each_role_sees_only_the_keys_and_owners_that_it_needs() {
     let db = Database::migrated().await;
     let (valid, revoked) = (
         create_key(&db.superuser, "a").await,
@@ -146,7 +146,7 @@ async fn each_role_gets_at_keys_and_owners_as_far_as_it_needs() {
         let found = rows(&service, &format!("select from find_api_keys({nothing})")).await;
         assert_eq!(found, [""; 0], "{nothing}");
     }
-    // What the earlier services send, through a role of this one: the listing is nobody's.
+    // The insert of the earlier services, which names no owner.
     let insert = format!(
         "insert into listing (price, {OTHER_COLUMNS}) values (1, {OTHER_VALUES}) returning owner"
     );
@@ -232,7 +232,7 @@ async fn each_role_gets_at_keys_and_owners_as_far_as_it_needs() {
 }
 
 #[tokio::test]
-async fn a_function_that_runs_as_its_owner_is_bound_to_what_it_was_made_with() {
+async fn every_security_definer_function_has_a_fixed_search_path() {
     let db = Database::migrated().await;
     let unbound = "select proname from pg_proc where pronamespace = 'public'::regnamespace and prosecdef \
         and (proconfig is null or not proconfig @> array['search_path=pg_catalog, pg_temp'])";
@@ -240,7 +240,7 @@ async fn a_function_that_runs_as_its_owner_is_bound_to_what_it_was_made_with() {
 }
 
 #[tokio::test]
-async fn default_privileges_open_the_keys_to_nobody() {
+async fn default_privileges_give_no_role_access_to_the_keys() {
     let db = Database::empty().await;
     for role in ["reporting", "app"] {
         drop(db.login(role, "").await);
@@ -254,8 +254,7 @@ async fn default_privileges_open_the_keys_to_nobody() {
         ),
     )
     .await;
-    let output = db.migrate(&in_checkout("sql"));
-    assert!(output.status.success(), "{}", printed(&output));
+    apply(&db.url(), &in_checkout("sql"));
     let open = "select grantee::regrole from pg_class, aclexplode(relacl) \
         where oid = 'api_key'::regclass and grantee <> relowner";
     assert_eq!(rows(&db.superuser, open).await, [""; 0]);
@@ -278,14 +277,14 @@ async fn a_key_among_many_is_found_by_its_index() {
     let before = reads(&db.superuser).await;
     let find = "select found.owner from api_key, find_api_keys(array[api_key.key_sha256]) as found where api_key.id = 4711";
     assert_eq!(rows(&db.superuser, find).await, ["o4711"]);
-    // One to get at the hash, one for the key by its hash.
+    // One scan for the hash of key 4711, one for the key with that hash.
     let expected = [before[0], before[1] + 2];
     assert_eq!(reads(&db.superuser).await, expected);
 }
 
-/// How many rows of the keys were read one after the other so far, and how many times by an index.
+/// How many rows of `api_key` sequential scans have read, and how many index scans there were.
 async fn reads(client: &Client) -> Vec<u64> {
-    // Counted at the end of a transaction.
+    // Otherwise the statistics are late.
     rows(client, "select pg_stat_force_next_flush()").await;
     let reads = "select seq_tup_read, idx_scan from pg_stat_user_tables where relname = 'api_key'";
     let row = value(client, reads).await;

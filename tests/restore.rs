@@ -1,12 +1,12 @@
-//! Backups and copies hold the same log, with no row twice.
+//! Restored backups and logical replicas have the same log, with no row twice.
 
 use std::time::{Duration, Instant};
 
 use tokio_postgres::Client;
 
 use crate::support::{
-    Cluster, Database, assert_no_problem, connect, in_checkout, insert_listing, printed, program,
-    refinery, rows, run, succeed,
+    Cluster, Database, apply, assert_no_problem, connect, in_checkout, insert_listing, program,
+    rows, run, succeed,
 };
 
 const WHOLE_LOG: &str = "select * from public.listing_price_log order by id";
@@ -23,8 +23,8 @@ async fn write_some_history(client: &Client) {
     .await;
 }
 
-/// Asserts that a copy has the log of the original and goes on logging under ids of its own.
-async fn assert_same_and_alive(copy: &Client, log: &[String]) {
+/// Asserts that a copy has the log of the original and keeps logging.
+async fn assert_same_and_logging(copy: &Client, log: &[String]) {
     assert_eq!(rows(copy, WHOLE_LOG).await, log);
     assert_no_problem(copy).await;
     run(copy, &insert_listing(4, "4")).await;
@@ -58,7 +58,7 @@ async fn a_dump_of_the_whole_database_restores_the_same_log() {
     let log = rows(&original.superuser, WHOLE_LOG).await;
     let copy = Database::empty().await;
     restore(&copy, &dump(&original, &[]));
-    assert_same_and_alive(&copy.superuser, &log).await;
+    assert_same_and_logging(&copy.superuser, &log).await;
 }
 
 #[tokio::test]
@@ -72,7 +72,7 @@ async fn an_archive_restored_by_pg_restore_holds_the_same_log() {
     pg_dump.args(["--format=custom", &format!("--dbname={}", original.url())]);
     pg_dump.arg("--file").arg(&archive);
     succeed(pg_dump, "");
-    // On another server, where the roles are not there yet: no dump holds those.
+    // On another server, without the roles: a dump does not contain them.
     let cluster = Cluster::start();
     let copy = cluster.superuser().await;
     run(
@@ -88,11 +88,11 @@ async fn an_archive_restored_by_pg_restore_holds_the_same_log() {
     ]);
     pg_restore.arg(&archive);
     succeed(pg_restore, "");
-    assert_same_and_alive(&copy, &log).await;
+    assert_same_and_logging(&copy, &log).await;
 }
 
 #[tokio::test]
-async fn a_data_only_dump_restores_the_same_log_with_the_triggers_off() {
+async fn a_data_only_dump_restores_the_same_log_with_disabled_triggers() {
     let original = Database::migrated().await;
     write_some_history(&original.superuser).await;
     let log = rows(&original.superuser, WHOLE_LOG).await;
@@ -103,11 +103,11 @@ async fn a_data_only_dump_restores_the_same_log_with_the_triggers_off() {
     ];
     let copy = Database::migrated().await;
     restore(&copy, &dump(&original, &options));
-    assert_same_and_alive(&copy.superuser, &log).await;
+    assert_same_and_logging(&copy.superuser, &log).await;
 }
 
 #[tokio::test]
-async fn the_owner_alone_can_restore_data_with_the_triggers_off() {
+async fn the_owner_can_restore_data_without_a_superuser() {
     let original = Database::migrated().await;
     write_some_history(&original.superuser).await;
     let log = rows(&original.superuser, WHOLE_LOG).await;
@@ -122,10 +122,10 @@ async fn the_owner_alone_can_restore_data_with_the_triggers_off() {
             "alter table public.listing disable trigger user;\n{data}\nalter table public.listing enable trigger user;\n"
         ),
     );
-    assert_same_and_alive(&copy.superuser, &log).await;
+    assert_same_and_logging(&copy.superuser, &log).await;
 }
 
-/// A publisher and a subscriber, in a cluster of their own because slots and subscriptions would hold up its removal.
+/// A publisher and a subscriber. They have a cluster of their own, because a database with a slot cannot be dropped.
 async fn publish(tables: &str, prepare_subscriber: &str) -> (Cluster, Client, Client) {
     let cluster = Cluster::start();
     let publisher = cluster.superuser().await;
@@ -135,8 +135,7 @@ async fn publish(tables: &str, prepare_subscriber: &str) -> (Cluster, Client, Cl
         cluster.url.clone(),
         cluster.url.replace("/listing", "/subscriber"),
     ] {
-        let output = refinery(&url, &in_checkout("sql"));
-        assert!(output.status.success(), "{}", printed(&output));
+        apply(&url, &in_checkout("sql"));
     }
     write_some_history(&publisher).await;
     run(
@@ -144,7 +143,7 @@ async fn publish(tables: &str, prepare_subscriber: &str) -> (Cluster, Client, Cl
         &format!("create publication prices for table {tables}"),
     )
     .await;
-    // In one cluster the slot has to be made beforehand: the subscription would wait for itself.
+    // Within one cluster, `create subscription` would wait for itself if it created the slot.
     run(
         &publisher,
         "select pg_create_logical_replication_slot('prices', 'pgoutput')",
@@ -159,7 +158,7 @@ async fn publish(tables: &str, prepare_subscriber: &str) -> (Cluster, Client, Cl
     (cluster, publisher, subscriber)
 }
 
-/// Waits until a query answers the same in both databases.
+/// Waits until a query returns the same rows in both databases.
 async fn wait_until_equal(publisher: &Client, subscriber: &Client, sql: &str) {
     let expected = rows(publisher, sql).await;
     let begun = Instant::now();
@@ -188,7 +187,7 @@ async fn a_logical_replica_of_both_tables_holds_the_same_log() {
 }
 
 #[tokio::test]
-async fn a_logical_replica_of_the_listings_alone_can_keep_a_log_of_its_own() {
+async fn a_logical_replica_of_only_the_listings_can_keep_its_own_log() {
     let (_cluster, publisher, subscriber) = publish(
         "listing",
         "alter table listing enable always trigger listing_price_logged_on_insert; \

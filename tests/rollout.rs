@@ -22,12 +22,11 @@ struct Proxy {
 impl Proxy {
     fn start(instances: &[[String; 2]]) -> Self {
         let address = free_address();
-        let page = std::fs::read_to_string(in_checkout("docs/high-availability.md"))
-            .or_else(|_| std::fs::read_to_string(in_checkout("README.md")))
-            .expect("read the documentation");
+        let page = in_checkout("docs/high-availability.md");
+        let page = std::fs::read_to_string(page).expect("read the documentation");
         let (_, config) = page.split_once("```haproxy\n").expect("a configuration");
         let (config, _) = config.split_once("```").expect("the end of the block");
-        // HAProxy refuses a file whose last line does not end.
+        // HAProxy needs a newline at the end of the file.
         let mut config = format!("{}\n", config.trim_end());
         config = config.replace("bind :80\n", &format!("bind {address}\n"));
         let listed = ["10.0.0.1", "10.0.0.2"]
@@ -145,7 +144,7 @@ async fn a_rolling_restart_behind_a_proxy_fails_no_request() {
         }
     });
     assert!(served.load(Ordering::Relaxed) > 100);
-    let warned = "the database has V99__from_the_future, which this release does not know: a newer one is on its way";
+    let warned = "the database has migration V99__from_the_future, which this release does not know; a newer release is being rolled out";
     assert_eq!(instances[0].logged(warned).len(), 1);
 
     // If no instance is ready because the database is read-only, HAProxy still sends requests: the service serves reads and
@@ -281,7 +280,7 @@ async fn many_clients_leave_open_files_for_the_database() {
         .output()
         .expect("run the program");
     let refused = printed(&refused);
-    let message = "listing-api: 100 open files are too few: it takes ";
+    let message = "listing-api: a limit of 100 open files is too low: the service needs ";
     assert!(refused.starts_with(message), "{refused}");
 
     let mut command = with_file_limit(250, &url);

@@ -1,4 +1,4 @@
-//! Starting and stopping: what stands in the way is named, and nothing is cut off.
+//! Start, stop, health and limits: each error names its cause, and a stop breaks off no request.
 
 use std::process::Command;
 use std::thread;
@@ -7,15 +7,15 @@ use std::time::{Duration, Instant};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 
 use crate::support::{
-    Cluster, Connection, Database, JSON, LOFT, Service, WAITING, command, printed, run, succeed,
-    value,
+    Cluster, Connection, Database, JSON, LOFT, Service, TWO_SECONDS, WAITING, command, printed,
+    run, value, within,
 };
 
-/// Asserts that the program ends within 10 s with exit code 1 and exactly this sentence.
+/// Asserts that the program prints exactly this sentence and ends within 10 s with exit code 1.
 fn assert_refuses(mut command: Command, sentence: &str) {
     for argument in [None, Some("--check")] {
         let begun = Instant::now();
-        let output = command.args(argument).output().expect("the program");
+        let output = command.args(argument).output().expect("run the program");
         assert_eq!(printed(&output), format!("listing-api: {sentence}\n"));
         assert_eq!(output.status.code(), Some(1));
         assert!(begun.elapsed() < Duration::from_secs(10));
@@ -23,72 +23,72 @@ fn assert_refuses(mut command: Command, sentence: &str) {
 }
 
 #[test]
-fn a_bad_setting_is_named_with_its_value_and_what_would_be_right() {
+fn an_invalid_setting_is_reported_with_its_value_and_the_valid_form() {
     for (name, value, sentence) in [
         (
             "DATABASE_URL",
             "nonsense",
-            "DATABASE_URL cannot be read: it has to be postgres://user:password@host:port/database",
+            "DATABASE_URL is not a valid URL: must be postgres://user:password@host:port/database",
         ),
         (
             "DATABASE_URL",
             "postgres://u:secret@h",
-            "DATABASE_URL names no database: it has to be postgres://user:password@host:port/database",
+            "DATABASE_URL has no database: must be postgres://user:password@host:port/database",
         ),
         (
             "LISTEN_ADDR",
             "8080",
-            "LISTEN_ADDR=8080 is wrong: it has to be an address and a port, such as 127.0.0.1:8080",
+            "LISTEN_ADDR=8080 is invalid: must be an address and a port, such as 127.0.0.1:8080",
         ),
         (
             "ADMIN_ADDR",
             "x",
-            "ADMIN_ADDR=x is wrong: it has to be an address and a port, such as 127.0.0.1:8081",
+            "ADMIN_ADDR=x is invalid: must be an address and a port, such as 127.0.0.1:8081",
         ),
         (
             "AUTH",
             "on",
-            "AUTH=on is wrong: it has to be keys, so that only those write who have a key, or off, so that anybody may",
+            "AUTH=on is invalid: must be keys (a write needs an API key) or off (anyone can write)",
         ),
         (
             "WORKERS",
             "0",
-            "WORKERS=0 is wrong: it has to be a whole number from 1 to 10000, such as ",
+            "WORKERS=0 is invalid: must be an integer from 1 to 10000, such as ",
         ),
         (
             "POOL_SIZE",
             "many",
-            "POOL_SIZE=many is wrong: it has to be a whole number from 1 to 10000, such as ",
+            "POOL_SIZE=many is invalid: must be an integer from 1 to 10000, such as ",
         ),
         (
             "POOL_WAIT_MS",
             "0",
-            "POOL_WAIT_MS=0 is wrong: it has to be 1 to 3600000 milliseconds, such as 2000",
+            "POOL_WAIT_MS=0 is invalid: must be 1 to 3600000 milliseconds, such as 2000",
         ),
         (
             "CONNECT_TIMEOUT_MS",
             "-1",
-            "CONNECT_TIMEOUT_MS=-1 is wrong: it has to be milliseconds, such as 3000",
+            "CONNECT_TIMEOUT_MS=-1 is invalid: must be 1 to 3600000 milliseconds, such as 3000",
         ),
         (
             "STATEMENT_TIMEOUT_MS",
             "1s",
-            "STATEMENT_TIMEOUT_MS=1s is wrong: it has to be milliseconds, such as 5000",
+            "STATEMENT_TIMEOUT_MS=1s is invalid: must be 1 to 3600000 milliseconds, such as 5000",
         ),
         (
             "SHUTDOWN_DELAY_MS",
             "x",
-            "SHUTDOWN_DELAY_MS=x is wrong: it has to be milliseconds, such as 0",
+            "SHUTDOWN_DELAY_MS=x is invalid: must be 0 to 3600000 milliseconds, such as 0",
         ),
         (
             "SHUTDOWN_TIMEOUT_MS",
             "0",
-            "SHUTDOWN_TIMEOUT_MS=0 is wrong: it has to be 1 to 3600000 milliseconds, such as 30000",
+            "SHUTDOWN_TIMEOUT_MS=0 is invalid: must be 1 to 3600000 milliseconds, such as 30000",
         ),
         (
             "CORS_ORIGINS",
             "example.com",
-            "CORS_ORIGINS=example.com is wrong: it has to be * or origins such as https://example.com, separated by commas",
+            "CORS_ORIGINS=example.com is invalid: must be * or origins such as https://example.com, separated by commas",
         ),
         (
             "DATABASE_CA_FILE",
@@ -99,7 +99,7 @@ fn a_bad_setting_is_named_with_its_value_and_what_would_be_right() {
         let output = command("postgres://u@127.0.0.1:1/d")
             .env(name, value)
             .output()
-            .expect("the program");
+            .expect("run the program");
         let printed = printed(&output);
         assert!(
             printed.starts_with(&format!("listing-api: {sentence}")),
@@ -116,17 +116,17 @@ fn a_bad_setting_is_named_with_its_value_and_what_would_be_right() {
     unset.env_remove("DATABASE_URL");
     assert_refuses(
         unset,
-        "DATABASE_URL is not set: it has to be postgres://user:password@host:port/database",
+        "DATABASE_URL is not set: must be postgres://user:password@host:port/database",
     );
 }
 
 #[tokio::test]
-async fn a_database_that_does_not_fit_is_refused_with_the_mend() {
-    let mend = "run: refinery migrate -e DATABASE_URL -p sql -g -d -m";
+async fn a_database_without_the_right_schema_is_refused_with_the_command_to_run() {
+    let repair = "run: refinery migrate -e DATABASE_URL -p sql -g -d -m";
     let db = Database::empty().await;
     assert_refuses(
         command(&db.url()),
-        &format!("the database has no schema yet: {mend}"),
+        &format!("the database has no schema yet: {repair}"),
     );
 
     let db = Database::migrated().await;
@@ -138,7 +138,7 @@ async fn a_database_that_does_not_fit_is_refused_with_the_mend() {
     .await;
     assert_refuses(
         command(&url),
-        &format!("the database is behind, it lacks V5__grant_roles: {mend}"),
+        &format!("the database lacks migration V5__grant_roles: {repair}"),
     );
     run(
         &db.superuser,
@@ -147,13 +147,12 @@ async fn a_database_that_does_not_fit_is_refused_with_the_mend() {
     .await;
     assert_refuses(
         command(&url),
-        "migration V2__harden_listing of the database is not the one that this service was built with: \
-         run the service and the migrations of the same release",
+        "migration V2__harden_listing of the database differs from the one of this release: use the service and the migrations of the same release",
     );
 }
 
 #[tokio::test]
-async fn a_database_that_cannot_be_reached_is_named_as_the_reason() {
+async fn a_database_that_cannot_be_reached_is_reported_without_secrets() {
     let db = Database::migrated().await;
     let url = db.service_url().await;
     for (url, reason) in [
@@ -168,7 +167,7 @@ async fn a_database_that_cannot_be_reached_is_named_as_the_reason() {
         (url.replace(&db.name, "listing_test_nowhere"), ""),
     ] {
         let begun = Instant::now();
-        let output = command(&url).output().expect("the program");
+        let output = command(&url).output().expect("run the program");
         let printed = printed(&output);
         assert!(
             printed.starts_with("listing-api: cannot connect to the database: "),
@@ -185,21 +184,21 @@ async fn a_database_that_cannot_be_reached_is_named_as_the_reason() {
         assert_eq!(output.status.code(), Some(1));
         assert!(begun.elapsed() < Duration::from_secs(10));
     }
-    // A listener that accepts and never answers.
-    let silent = std::net::TcpListener::bind("127.0.0.1:0").expect("a listener");
-    let address = silent.local_addr().expect("its address");
+    // A listener that accepts connections and never answers.
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").expect("bind a port");
+    let address = silent.local_addr().expect("local address");
     let limit = "no connection to the database within the limit";
     assert_refuses(
         command(&format!("postgres://u@{address}/d")),
         &format!(
-            "cannot connect to the database: {address} is gone: {limit}: check that it runs, and host, port, user and password in DATABASE_URL"
+            "cannot connect to the database: {address} is down: {limit}: check that it runs, and the host, port, user and password in DATABASE_URL"
         ),
     );
 }
 
 #[tokio::test]
-async fn the_arguments_answer() {
-    let help = command("").arg("--help").output().expect("the program");
+async fn each_argument_prints_its_output() {
+    let help = command("").arg("--help").output().expect("run the program");
     assert!(help.status.success());
     for name in [
         "DATABASE_URL",
@@ -210,12 +209,18 @@ async fn the_arguments_answer() {
     ] {
         assert!(printed(&help).contains(name), "{name}");
     }
-    let version = command("").arg("--version").output().expect("the program");
+    let version = command("")
+        .arg("--version")
+        .output()
+        .expect("run the program");
     assert_eq!(
         printed(&version),
         concat!("listing-api ", env!("CARGO_PKG_VERSION"), "\n")
     );
-    let unknown = command("").arg("--chekc").output().expect("the program");
+    let unknown = command("")
+        .arg("--chekc")
+        .output()
+        .expect("run the program");
     assert_eq!(unknown.status.code(), Some(1));
     assert_eq!(
         printed(&unknown),
@@ -225,16 +230,16 @@ async fn the_arguments_answer() {
     let url = db.service_url().await;
     let server = db.address();
     for (auth, who) in [
-        ("off", "with AUTH=off anybody may write"),
-        ("keys", "with AUTH=keys whoever writes needs a key"),
+        ("off", "AUTH=off: anyone can write"),
+        ("keys", "AUTH=keys: a write needs an API key"),
     ] {
         let mut check = command(&url);
         let check = check.arg("--check").env("AUTH", auth).output();
-        let check = check.expect("the program");
+        let check = check.expect("run the program");
         assert_eq!(
             printed(&check),
             format!(
-                "primary {server} takes reads and writes\nsettings, database and schema are as they should be, and {who}\n"
+                "primary {server} accepts writes\nsettings, database and schema are valid; {who}\n"
             )
         );
         assert!(check.status.success());
@@ -242,7 +247,7 @@ async fn the_arguments_answer() {
 }
 
 #[tokio::test]
-async fn who_may_write_is_said_before_others_can_reach_the_service() {
+async fn auth_must_be_set_before_other_machines_can_reach_the_service() {
     let db = Database::migrated().await;
     let url = db.service_url().await;
     for address in ["0.0.0.0:8080", "[::]:8080", "192.0.2.1:8080"] {
@@ -250,8 +255,8 @@ async fn who_may_write_is_said_before_others_can_reach_the_service() {
             let mut unsaid = command(&url);
             unsaid.env("LISTEN_ADDR", address).envs(auth);
             let sentence = format!(
-                "AUTH is not set, although others may reach LISTEN_ADDR={address}: \
-                 it has to be keys, so that only those write who have a key, or off, so that anybody may"
+                "AUTH is not set, but LISTEN_ADDR={address} can be reached from other machines: \
+                 must be keys (a write needs an API key) or off (anyone can write)"
             );
             assert_refuses(unsaid, &sentence);
         }
@@ -259,7 +264,7 @@ async fn who_may_write_is_said_before_others_can_reach_the_service() {
     for address in ["127.0.0.2:8080", "[::1]:8080", "[::ffff:127.0.0.1]:8080"] {
         let mut unsaid = command(&url);
         let check = unsaid.env("LISTEN_ADDR", address).arg("--check").output();
-        assert!(printed(&check.expect("the program")).contains("with AUTH=off"));
+        assert!(printed(&check.expect("run the program")).contains("AUTH=off: anyone can write"));
     }
     for (address, auth, warned) in [
         ("127.0.0.1:0", "off", false),
@@ -272,7 +277,7 @@ async fn who_may_write_is_said_before_others_can_reach_the_service() {
         warnings.retain(|line| line.contains("WARN"));
         assert_eq!(warnings.len(), usize::from(warned), "{warnings:?}");
         let warning = format!(
-            "anybody may write who reaches {}, because of AUTH=off",
+            "AUTH=off: anyone who can reach {} can write",
             service.address
         );
         assert!(
@@ -283,12 +288,12 @@ async fn who_may_write_is_said_before_others_can_reach_the_service() {
 }
 
 #[tokio::test]
-async fn a_taken_address_is_named() {
+async fn an_address_in_use_is_reported() {
     let service = Service::start().await;
     let output = command(&service.url)
         .env("LISTEN_ADDR", &service.address)
         .output()
-        .expect("the program");
+        .expect("run the program");
     let expected = format!(
         "listing-api: cannot listen on LISTEN_ADDR={}: ",
         service.address
@@ -301,17 +306,17 @@ async fn a_taken_address_is_named() {
 }
 
 #[tokio::test]
-async fn a_stop_lets_the_requests_under_way_finish() {
+async fn a_stop_waits_for_requests_in_flight() {
     for signal in ["-TERM", "-INT"] {
         let mut service = Service::start_with(&[("SHUTDOWN_DELAY_MS", "1000")]).await;
         service.post(LOFT);
         let mut waiting = patch_that_waits(&service).await;
         service.signal(signal);
-        // Told apart from a crash by whoever asks, while requests are still served.
-        let told = Instant::now();
+        // The health report says that the service is stopping, while it still serves requests.
+        let signalled = Instant::now();
         let not_ready = loop {
             let response = service.admin("/health/ready");
-            if response.status != 200 || told.elapsed() > Duration::from_secs(10) {
+            if response.status != 200 || signalled.elapsed() > Duration::from_secs(10) {
                 break response;
             }
         };
@@ -319,14 +324,14 @@ async fn a_stop_lets_the_requests_under_way_finish() {
         assert_eq!(service.get("/listings/1").status, 200);
         while std::net::TcpStream::connect(&service.address).is_ok() {
             assert!(
-                told.elapsed() < Duration::from_secs(10),
-                "new connections are still taken"
+                signalled.elapsed() < Duration::from_secs(10),
+                "new connections are still accepted"
             );
             thread::sleep(Duration::from_millis(20));
         }
         run(service.superuser(), "commit").await;
         assert_eq!(waiting.receive("PATCH", "/listings/1").status, 200);
-        // Idle connections, which this one is now, do not hold up the end.
+        // Idle connections do not delay the end.
         let answered = Instant::now();
         assert_eq!(service.wait(), Some(0));
         assert!(
@@ -339,7 +344,7 @@ async fn a_stop_lets_the_requests_under_way_finish() {
 }
 
 #[tokio::test]
-async fn health_and_metrics_tell_what_is_going_on() {
+async fn health_and_metrics_report_requests_and_the_database() {
     let service = Service::start().await;
     service.post(LOFT);
     service.get("/listings/1");
@@ -383,11 +388,10 @@ async fn health_and_metrics_tell_what_is_going_on() {
     .await;
     let terminate = "select pg_terminate_backend(pid) from pg_stat_activity where usename ~ '_login$' and datname = current_database()";
     run(service.superuser(), terminate).await;
-    let begun = Instant::now();
-    while ask("/health/ready").status == 200 {
-        assert!(begun.elapsed() < Duration::from_secs(2));
-    }
-    let read_only = format!("primary {} takes reads only", service.db().address());
+    within(TWO_SECONDS, "not ready", || {
+        ask("/health/ready").status == 503
+    });
+    let read_only = format!("primary {} is read-only", service.db().address());
     assert_eq!(ask("/health/ready").error(), (503, read_only));
     assert_eq!(service.patch("/listings/1", "{}").status, 503);
     assert_eq!(service.get("/listings/1").status, 200);
@@ -401,8 +405,7 @@ async fn health_and_metrics_tell_what_is_going_on() {
 }
 
 #[tokio::test]
-async fn without_a_database_requests_get_503_and_its_cause_stands_in_the_log_once() {
-    // A server of its own, which this test stops and starts.
+async fn without_a_database_requests_get_503_and_each_cause_is_logged_once() {
     let cluster = Cluster::migrated();
     let limits = [("POOL_WAIT_MS", "500"), ("CONNECT_TIMEOUT_MS", "500")];
     let service = Service::start_at(&cluster.url, &limits);
@@ -430,20 +433,15 @@ async fn without_a_database_requests_get_503_and_its_cause_stands_in_the_log_onc
         assert_eq!(causes.len(), 1, "{causes:?}");
         assert!(!causes[0].contains("password"), "{causes:?}");
     }
-    succeed(Cluster::script(cluster.folder.path(), "up"), "");
-    let back = Instant::now();
-    while service.get("/listings/1").status != 200 {
-        assert!(
-            back.elapsed() < Duration::from_secs(2),
-            "{:?}",
-            service.log()
-        );
-    }
+    cluster.call("up");
+    within(TWO_SECONDS, "a read", || {
+        service.get("/listings/1").status == 200
+    });
     assert_eq!(service.post(LOFT).status, 201);
 }
 
 #[tokio::test]
-async fn a_database_that_is_silent_keeps_nobody_waiting_beyond_the_limit() {
+async fn requests_to_a_silent_database_get_503_within_the_limit() {
     let cluster = Cluster::migrated();
     let limits = [
         ("CONNECT_TIMEOUT_MS", "500"),
@@ -453,9 +451,9 @@ async fn a_database_that_is_silent_keeps_nobody_waiting_beyond_the_limit() {
     let service = Service::start_at(&cluster.url, &limits);
     assert_eq!(service.post(LOFT).status, 201);
     cluster.call("stop");
-    // In its place, somebody who takes connections and never says a word.
+    // In its place, a listener that accepts connections and never answers.
     let address = ("127.0.0.1", cluster.config.get_ports()[0]);
-    let _silent = std::net::TcpListener::bind(address).expect("the port that the database left");
+    let _silent = std::net::TcpListener::bind(address).expect("bind the port of the database");
     let begun = Instant::now();
     thread::scope(|scope| {
         for path in [
@@ -478,7 +476,7 @@ async fn a_database_that_is_silent_keeps_nobody_waiting_beyond_the_limit() {
 }
 
 #[tokio::test]
-async fn a_stop_that_runs_out_of_time_ends_all_the_same() {
+async fn a_stop_ends_after_its_timeout_despite_requests_in_flight() {
     let settings = [("SHUTDOWN_TIMEOUT_MS", "500")];
     let mut service = Service::start_with(&settings).await;
     service.post(LOFT);
@@ -489,13 +487,13 @@ async fn a_stop_that_runs_out_of_time_ends_all_the_same() {
 }
 
 #[tokio::test]
-async fn anything_else_is_an_internal_error_whose_cause_stands_in_the_log_alone() {
+async fn the_cause_of_an_internal_error_is_logged_and_not_returned() {
     let service = Service::start().await;
     let rule = "alter table listing add constraint secret_rule check (name <> 'Loft')";
     run(service.superuser(), rule).await;
     let response = service.post(LOFT);
     assert_eq!(response.error(), (500, "internal error".to_owned()));
-    // The answer to a later request is logged behind everything of this one.
+    // The line of a later request comes after all lines of this one.
     service.send("GET", "/listings/9", "x-request-id: later\r\n", "");
     service.logged("later");
     let id = response.header("x-request-id").expect("a request id");
@@ -513,7 +511,7 @@ async fn anything_else_is_an_internal_error_whose_cause_stands_in_the_log_alone(
 }
 
 #[tokio::test]
-async fn a_statement_that_takes_too_long_gets_504_and_leaves_nothing_behind() {
+async fn a_statement_that_takes_too_long_gets_504_and_frees_its_connection() {
     let settings = [
         ("STATEMENT_TIMEOUT_MS", "300"),
         ("POOL_SIZE", "2"),
@@ -534,7 +532,7 @@ async fn a_statement_that_takes_too_long_gets_504_and_leaves_nothing_behind() {
 }
 
 #[tokio::test]
-async fn also_the_first_read_of_a_locked_table_gets_504() {
+async fn the_first_read_of_a_locked_table_gets_504() {
     let settings = [
         ("CONNECT_TIMEOUT_MS", "1000"),
         ("STATEMENT_TIMEOUT_MS", "1500"),
@@ -545,7 +543,7 @@ async fn also_the_first_read_of_a_locked_table_gets_504() {
 }
 
 #[tokio::test]
-async fn a_client_that_hangs_up_leaves_nothing_behind() {
+async fn a_request_whose_client_hangs_up_is_cancelled() {
     let settings = [
         ("POOL_SIZE", "1"),
         ("WORKERS", "1"),
@@ -556,20 +554,19 @@ async fn a_client_that_hangs_up_leaves_nothing_behind() {
     service.post(LOFT);
     drop(patch_that_waits(&service).await);
     service.db().wait_for(WAITING, "0").await;
-    // The one connection of the pool serves the next, although the lock is still held.
+    // The only connection of the pool serves the next request, although the row is still locked.
     assert_eq!(service.patch("/listings/2", "{}").status, 200);
     run(service.superuser(), "rollback").await;
     let written = "select count(*) from listing where updated_date <> created_date and id = 1";
     assert_eq!(value(service.superuser(), written).await, "0");
 }
 
-/// A request under way to listing 1, whose row the superuser has locked in a transaction that it left open.
+/// A PATCH of listing 1 in flight. It waits for the open transaction of the superuser.
 async fn patch_that_waits(service: &Service) -> Connection {
     let lock = "begin; update listing set price = 1 where id = 1";
     run(service.superuser(), lock).await;
     let mut connection = service.connect();
-    let head = "PATCH /listings/1 HTTP/1.1\r\nhost: x\r\n";
-    connection.write(format!("{head}{JSON}content-length: 2\r\n\r\n{{}}").as_bytes());
+    connection.request("PATCH", "/listings/1", JSON, "{}");
     service.db().wait_for(WAITING, "1").await;
     connection
 }
@@ -588,7 +585,7 @@ async fn a_request_that_waits_too_long_for_a_connection_or_a_row_gets_503() {
     for (path, message) in [
         (
             "/listings/1",
-            "somebody else was writing the same, try again",
+            "another request is writing the same listing, try again",
         ),
         (
             "/listings/2",
@@ -605,32 +602,32 @@ async fn a_request_that_waits_too_long_for_a_connection_or_a_row_gets_503() {
 }
 
 #[tokio::test]
-async fn a_database_with_tls_is_trusted_by_its_chain_and_its_name() {
+async fn tls_verifies_the_certificate_chain_and_the_host_name() {
     let cluster = Cluster::migrated();
-    let ca_key = KeyPair::generate().expect("a key");
-    let mut authority = CertificateParams::new([]).expect("parameters");
+    let ca_key = KeyPair::generate().expect("generate a key");
+    let mut authority = CertificateParams::new([]).expect("certificate parameters");
     authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    let ca = authority.self_signed(&ca_key).expect("an authority");
+    let ca = authority.self_signed(&ca_key).expect("sign the authority");
     let issuer = Issuer::new(authority, ca_key);
-    let server_key = KeyPair::generate().expect("a key");
-    let server = CertificateParams::new(["localhost".to_owned()]).expect("parameters");
+    let server_key = KeyPair::generate().expect("generate a key");
+    let server = CertificateParams::new(["localhost".to_owned()]).expect("certificate parameters");
     let server = server
         .signed_by(&server_key, &issuer)
-        .expect("a certificate");
-    let another = KeyPair::generate().expect("a key");
+        .expect("sign a certificate");
+    let another = KeyPair::generate().expect("generate a key");
     let another = CertificateParams::new([])
-        .expect("parameters")
+        .expect("certificate parameters")
         .self_signed(&another)
-        .expect("a certificate");
-    let folder = tempfile::tempdir().expect("a folder");
+        .expect("sign a certificate");
+    let folder = tempfile::tempdir().expect("create a folder");
     let (ours, theirs) = (
         folder.path().join("ca.pem"),
         folder.path().join("another.pem"),
     );
-    std::fs::write(&ours, ca.pem()).expect("a file");
-    std::fs::write(&theirs, another.pem()).expect("a file");
+    std::fs::write(&ours, ca.pem()).expect("write a file");
+    std::fs::write(&theirs, another.pem()).expect("write a file");
 
-    // Written by the server itself, to whom its key has to belong.
+    // The server writes the files, because it must own its key.
     let superuser = cluster.superuser().await;
     for (file, pem) in [
         ("server.crt", server.pem()),
@@ -651,9 +648,9 @@ async fn a_database_with_tls_is_trusted_by_its_chain_and_its_name() {
         .arg("--check")
         .env("DATABASE_CA_FILE", &ours)
         .output();
-    let trusted = printed(&trusted.expect("the program"));
+    let trusted = printed(&trusted.expect("run the program"));
     assert!(
-        trusted.ends_with("settings, database and schema are as they should be, and with AUTH=off anybody may write\n"),
+        trusted.ends_with("settings, database and schema are valid; AUTH=off: anyone can write\n"),
         "{trusted}"
     );
     for (url, ca_file, reason) in [
@@ -668,7 +665,7 @@ async fn a_database_with_tls_is_trusted_by_its_chain_and_its_name() {
             .arg("--check")
             .env("DATABASE_CA_FILE", ca_file)
             .output()
-            .expect("the program");
+            .expect("run the program");
         let refused = printed(&output);
         assert!(!output.status.success());
         assert!(

@@ -1,21 +1,21 @@
-//! The log is true under concurrency: a chain for each listing, in the order in which its prices really followed.
+//! Under concurrency, the log of each listing is a chain in the order of the commits.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio_postgres::error::SqlState;
 
-use crate::support::{Database, assert_no_problem, insert_listing, rows, run, value};
+use crate::support::{Database, assert_no_problem, insert_listing, rows, run, value, wait_for};
 
 const SESSIONS: usize = 12;
 const ROUNDS: usize = 40;
 const LISTINGS: usize = 6;
 
-/// No price is given out twice, so every update of a price changes it, whatever it was.
+/// No price is used twice, so every update changes the price.
 static PRICE: AtomicUsize = AtomicUsize::new(1);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn concurrent_sessions_leave_chains_of_exactly_the_committed_changes() {
+async fn concurrent_sessions_log_exactly_the_committed_changes_as_chains() {
     let db = Database::migrated().await;
     for id in 0..LISTINGS {
         run(
@@ -31,11 +31,11 @@ async fn concurrent_sessions_leave_chains_of_exactly_the_committed_changes() {
         sessions.push(tokio::spawn(async move {
             let mut committed = 0;
             for round in 0..ROUNDS {
-                // Scattered, but the same in every run. Within a transaction the ids rise, so that none waits in a circle.
+                // Scattered, and the same in every run. Within a transaction the ids rise, so there is no deadlock.
                 let first = (session * 7 + round * 5) % LISTINGS;
                 let ids = first..(first + 1 + (session + round) % 3).min(LISTINGS);
                 let isolation = ["read committed", "serializable"][usize::from(session % 4 == 3)];
-                // Begun: its snapshot and its now() are older than the writes of others that it will wait for.
+                // Takes the snapshot and now() before the writes for which the transaction will wait.
                 run(&client, &format!("begin isolation level {isolation}; select from listing")).await;
                 if session % 2 == 0 {
                     tokio::time::sleep(Duration::from_millis(round as u64 % 5)).await;
@@ -88,7 +88,7 @@ async fn concurrent_sessions_leave_chains_of_exactly_the_committed_changes() {
     assert_no_problem(&db.superuser).await;
 }
 
-/// Whether a statement went through. A serializable transaction may be refused, at its end too; nothing else may go wrong.
+/// Whether a statement succeeded. The only error allowed is a serialization failure, also at the commit.
 fn serialized(result: Result<(), tokio_postgres::Error>) -> bool {
     match result {
         Ok(()) => true,
@@ -98,7 +98,7 @@ fn serialized(result: Result<(), tokio_postgres::Error>) -> bool {
 }
 
 #[tokio::test]
-async fn a_transaction_that_began_first_and_commits_last_is_dated_by_when_it_wrote() {
+async fn a_change_is_dated_by_its_write_and_not_by_the_begin_of_its_transaction() {
     let db = Database::migrated().await;
     run(&db.superuser, &insert_listing(1, "1")).await;
     run(&db.superuser, "begin; select from listing").await;
@@ -110,7 +110,7 @@ async fn a_transaction_that_began_first_and_commits_last_is_dated_by_when_it_wro
 }
 
 #[tokio::test]
-async fn a_writer_that_waited_for_the_row_is_dated_after_the_one_it_waited_for() {
+async fn a_write_that_waited_for_a_row_lock_is_dated_after_the_other_write() {
     let db = Database::migrated().await;
     run(&db.superuser, &insert_listing(1, "1")).await;
     run(&db.superuser, "begin; update listing set price = 2").await;
@@ -118,13 +118,7 @@ async fn a_writer_that_waited_for_the_row_is_dated_after_the_one_it_waited_for()
     let pid = value(&waiting, "select pg_backend_pid()").await;
     let waiter = tokio::spawn(async move { run(&waiting, "update listing set price = 3").await });
     let blocked = format!("select cardinality(pg_blocking_pids({pid})) > 0");
-    let begun = Instant::now();
-    while value(&db.superuser, &blocked).await == "f" {
-        assert!(
-            begun.elapsed() < Duration::from_secs(30),
-            "the other writer does not wait"
-        );
-    }
+    wait_for(&db.superuser, &blocked, "t").await;
     run(&db.superuser, "commit").await;
     waiter.await.expect("the other writer");
     let log = "select old_price, new_price, changed_at > lag(changed_at) over (order by id) \

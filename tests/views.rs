@@ -1,4 +1,4 @@
-//! What the views and functions for DBAs answer, before and after a prune.
+//! The views and functions for DBAs, before and after a prune.
 
 use tokio_postgres::Client;
 
@@ -6,7 +6,7 @@ use crate::support::{
     Database, HISTORY, OTHER_COLUMNS, assert_no_problem, insert_listing, rows, run, value,
 };
 
-/// Replaces the history of a listing by prices at these moments. As the owner of the log may: by delete and insert.
+/// Inserts a listing and replaces its history by these prices, with the rights of the owner of the log.
 async fn write_history(client: &Client, id: i32, prices: &[(&str, &str)]) {
     run(client, &insert_listing(id, "-0")).await;
     run(
@@ -32,7 +32,7 @@ async fn write_history(client: &Client, id: i32, prices: &[(&str, &str)]) {
 }
 
 #[tokio::test]
-async fn a_change_shows_what_it_amounts_to_and_how_long_it_held() {
+async fn a_change_shows_its_amount_and_its_period() {
     let db = Database::migrated().await;
     let prices = [
         ("2026-01-01 00:00Z", "200"),
@@ -55,7 +55,7 @@ async fn a_change_shows_what_it_amounts_to_and_how_long_it_held() {
 }
 
 #[tokio::test]
-async fn the_price_at_a_moment_is_the_last_one_logged_until_then() {
+async fn the_price_at_a_time_is_the_last_one_logged_until_then() {
     let db = Database::migrated().await;
     let prices = [("2026-01-01 12:00Z", "200"), ("2026-01-02 12:00Z", "150")];
     write_history(&db.superuser, 1, &prices).await;
@@ -136,7 +136,7 @@ async fn the_trend_counts_changes_by_month_and_place() {
 }
 
 #[tokio::test]
-async fn after_a_prune_every_later_moment_is_answered_as_before() {
+async fn a_prune_changes_no_price_after_its_cut() {
     let db = Database::migrated().await;
     run(
         &db.superuser,
@@ -153,13 +153,13 @@ async fn after_a_prune_every_later_moment_is_answered_as_before() {
         )
         .await;
     }
-    // The cut is the very moment of a change in the middle, so that its own row must stay and the one before too.
+    // The cut is the time of a change in the middle, so the row of that change and the row before it must stay.
     let cut = value(
         &db.superuser,
         "select changed_at from listing_price_log order by id offset (select count(*) / 2 from listing_price_log) limit 1",
     )
     .await;
-    // Every moment at which an answer can change, the moments just before them, and the cut.
+    // The time of every change, and a microsecond before each.
     let answers = format!(
         "select listing.id, at, listing_price_at(listing.id, at) from listing, \
              (select changed_at as at from moment union select changed_at - interval '1 microsecond' from moment) as moments \
@@ -207,7 +207,7 @@ async fn after_a_prune_every_later_moment_is_answered_as_before() {
 }
 
 #[tokio::test]
-async fn a_prune_in_the_far_future_keeps_the_present_prices() {
+async fn a_prune_always_keeps_the_current_prices() {
     let db = Database::migrated().await;
     run(&db.superuser, &insert_listing(1, "1")).await;
     run(
@@ -256,9 +256,9 @@ async fn a_history_is_read_from_the_index_alone() {
 }
 
 #[tokio::test]
-async fn a_page_of_a_city_or_a_postal_code_passes_over_no_other_listing() {
+async fn a_page_filtered_by_city_or_postal_code_reads_no_other_listing() {
     let db = Database::migrated().await;
-    // The common city and the common postal code are those of the first half, which the page lies behind.
+    // The first half of the listings has the common city and the common postal code. The page starts after it.
     run(
         &db.superuser,
         "insert into listing (price, name, description, building_type, street_address, postal_code, city, country, \
@@ -301,7 +301,7 @@ async fn a_page_of_a_city_or_a_postal_code_passes_over_no_other_listing() {
 }
 
 #[tokio::test]
-async fn a_change_of_a_price_touches_no_index_of_the_listing() {
+async fn a_price_change_updates_no_index_of_the_listing() {
     let db = Database::migrated().await;
     run(&db.superuser, &insert_listing(1, "1")).await;
     run(

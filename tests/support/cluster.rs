@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use tempfile::TempDir;
 use tokio_postgres::{Client, Config};
 
-use super::{address_in, connect, in_checkout, printed, refinery, run, succeed, wait_for};
+use super::{address_in, apply, connect, in_checkout, run, succeed, wait_for};
 
 /// A cluster made by `tests/db.sh`, in a folder that only the current user can enter.
 pub struct Cluster {
@@ -25,8 +25,7 @@ impl Cluster {
     /// A cluster whose database has every migration applied.
     pub fn migrated() -> Self {
         let cluster = Self::start();
-        let output = refinery(&cluster.url, &in_checkout("sql"));
-        assert!(output.status.success(), "{}", printed(&output));
+        apply(&cluster.url, &in_checkout("sql"));
         cluster
     }
 

@@ -11,7 +11,7 @@ use tokio::runtime::Runtime;
 use tokio::sync::OnceCell;
 use tokio_postgres::{Client, Config, NoTls, SimpleQueryMessage};
 
-use super::{in_checkout, printed, refinery, setting};
+use super::{apply, in_checkout, refinery, setting};
 
 /// All required columns of a listing but its price, and values for them.
 pub const OTHER_COLUMNS: &str = "name, description, building_type, street_address, postal_code, city, country, \
@@ -260,7 +260,6 @@ async fn make_template() -> String {
     let name = "listing_test_template".to_owned();
     let admin = ADMIN.get_or_init(connect_admin).await;
     run(admin, &format!("create database {name}")).await;
-    let output = refinery(&url_of(&name), &in_checkout("sql"));
-    assert!(output.status.success(), "{}", printed(&output));
+    apply(&url_of(&name), &in_checkout("sql"));
     name
 }

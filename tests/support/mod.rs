@@ -91,6 +91,14 @@ pub fn refinery(url: &str, folder: &Path) -> Output {
         .expect("run the refinery CLI")
 }
 
+/// Applies the migrations in a folder, which must succeed. Returns what the CLI printed.
+pub fn apply(url: &str, folder: &Path) -> String {
+    let output = refinery(url, folder);
+    let printed = printed(&output);
+    assert!(output.status.success(), "{printed}");
+    printed
+}
+
 pub fn in_checkout(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
 }

@@ -1,4 +1,4 @@
-//! Checks each response of the service against `src/openapi.yaml`.
+//! Checks each response of the service against `src/api/openapi.yaml`.
 
 use std::collections::HashMap;
 use std::sync::{Arc, LazyLock, Mutex};
@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::Response;
 
-pub const OPENAPI_YAML: &str = include_str!("../../src/openapi.yaml");
+pub const OPENAPI_YAML: &str = include_str!("../../src/api/openapi.yaml");
 
 pub static OPENAPI: LazyLock<Value> =
     LazyLock::new(|| serde_yaml_ng::from_str(OPENAPI_YAML).expect("openapi.yaml is YAML"));

@@ -1,10 +1,9 @@
-//! Who writes: the key that a request presents, looked up anew for every request, so that a revocation has no cache to wait for.
+//! Who may write: looks up the API key of each request, without a cache, so that a revoked key stops at once.
 //!
-//! The key itself goes no further than this file, and its hash only to PostgreSQL.
+//! The key goes no further than this file, and its hash only to PostgreSQL.
 
 use std::error::Error;
 use std::fmt;
-use std::rc::Rc;
 
 use actix_web::HttpRequest;
 use actix_web::http::header::{self, HeaderMap};
@@ -13,58 +12,58 @@ use bytes::{Bytes, BytesMut};
 use sha2::{Digest, Sha256};
 use tokio_postgres::types::{FromSql, IsNull, ToSql, Type, accepts, to_sql_checked};
 
-use crate::database::Database;
-use crate::error::ApiError;
-use crate::json;
-use crate::reader::{Id, Lane};
-use crate::settings::{Auth, Settings};
+use crate::http::body;
+use crate::http::error::ApiError;
+use crate::postgres::{Database, Key, Lookup};
+use crate::settings::AuthMode;
 
-/// Whom a write is done for.
+/// Who a write is for.
 pub struct Writer {
-    /// Whose listings may be written. `None`: all.
+    /// The owner whose listings may be written. `None`: all listings.
     pub owner: Option<String>,
-    /// Who stands in the log. `None`: whom PostgreSQL itself finds there, the role that has logged in.
+    /// The value of `changed_by` in the log. `None`: the role that the service logged in as.
     pub actor: Option<String>,
 }
 
-/// `None`: nobody is asked for a key.
-pub struct Keys(Option<Rc<Lane<KeyHash>>>);
+/// `None`: no key is needed.
+pub struct Auth(Option<Lookup<KeyHash>>);
 
-impl Keys {
-    /// The database is the one that is written to. A replica, or a standby that stands in for the primary, may know neither new
-    /// keys nor revocations yet.
-    pub fn new(settings: &Settings, database: &Database) -> Self {
-        let sql = "select key_sha256, id, owner from public.find_api_keys($1)";
-        let lane = || Lane::new(database, sql, settings.queue_size, true);
-        Self((settings.auth == Auth::Keys).then(lane))
+const SELECT_KEYS: &str = "select key_sha256, id, owner from public.find_api_keys($1)";
+
+impl Auth {
+    /// Keys are looked up on the primary alone. A replica may not know new keys and revocations yet.
+    pub fn new(database: &Database, mode: AuthMode) -> Self {
+        let lookup = || database.lookup_on_primary(SELECT_KEYS);
+        Self((mode == AuthMode::Keys).then(lookup))
     }
 
-    /// Whom a request writes for, and the body that it brings.
+    /// The writer of a request, and its body.
     pub async fn admit(
         &self,
         request: &HttpRequest,
         payload: Payload,
     ) -> Result<(Writer, Bytes), ApiError> {
-        // Looked up when all is there, so that a revocation takes hold as late as it can.
-        let body = json::read(payload).await;
-        let Some(lane) = &self.0 else {
+        // Looked up after the body has arrived, so that a revocation counts as late as possible.
+        let body = body::read(payload).await;
+        let Some(keys) = &self.0 else {
             let (owner, actor) = (None, None);
             return Ok((Writer { owner, actor }, body?));
         };
         let key = bearer(request.headers())?;
         let body = match body {
-            // The connection ends with it, which leaves no time to look the key up.
+            // The connection closes after this error. There is no time for the lookup.
             Err(error) if error.is_malformed() => return Err(error),
             body => body,
         };
-        let found = lane.get(KeyHash(Sha256::digest(key).into())).await?;
-        let row = found
+        let hash = KeyHash(Sha256::digest(key).into());
+        let rows = keys.get(hash, |_| true).await?;
+        let row = rows
             .first()
             .ok_or_else(|| ApiError::unauthorized("the key is not valid"))?;
         let owner: Option<String> = row.try_get("owner")?;
         let actor = match &owner {
             Some(owner) => owner.clone(),
-            // No owner may look like this, by a rule of the table.
+            // A constraint of the table keeps owners from having such a name.
             None => format!("admin:{}", row.try_get::<_, i64>("id")?),
         };
         let actor = Some(actor);
@@ -72,37 +71,36 @@ impl Keys {
     }
 }
 
-/// The key in the one `Authorization: Bearer …`, whatever the case of the scheme (RFC 9110) and made of what a key may be made
-/// of (RFC 6750).
+/// The key in the single `Authorization: Bearer …`. The case of the scheme does not matter (RFC 9110). The key has only the
+/// characters of RFC 6750.
 fn bearer(headers: &HeaderMap) -> Result<&str, ApiError> {
     let mut lines = headers.get_all(header::AUTHORIZATION);
     let line = lines
         .next()
-        .ok_or_else(|| ApiError::unauthorized("is required, as Bearer and a key"))?;
+        .ok_or_else(|| ApiError::unauthorized("is required, as Bearer followed by a key"))?;
     let key = || {
         let (scheme, key) = line.to_str().ok()?.split_once(' ')?;
         let key = key.trim_matches(' ');
-        let may_stand_in_a_key = |c: char| c.is_ascii_alphanumeric() || "-._~+/".contains(c);
+        let is_key_character = |c: char| c.is_ascii_alphanumeric() || "-._~+/".contains(c);
         let characters = key.trim_end_matches('=');
         let right = scheme.eq_ignore_ascii_case("Bearer")
             && !characters.is_empty()
-            && characters.chars().all(may_stand_in_a_key);
+            && characters.chars().all(is_key_character);
         right.then_some(key)
     };
     match lines.next() {
         None => key(),
         Some(_) => None,
     }
-    .ok_or_else(|| ApiError::unauthorized("must be Bearer and a key, once"))
+    .ok_or_else(|| ApiError::unauthorized("must be one header, Bearer followed by a key"))
 }
 
-/// What a key is looked up by.
 #[derive(Clone, Eq, Hash, Ord, PartialEq, PartialOrd)]
-struct KeyHash([u8; 32]);
+pub struct KeyHash([u8; 32]);
 
-impl Id for KeyHash {}
+impl Key for KeyHash {}
 
-/// The driver writes the parameters of a statement into its log where somebody turns that on.
+/// The driver can log the parameters of a statement. The hash must not be among them.
 impl fmt::Debug for KeyHash {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("the hash of a key")

@@ -1,34 +1,36 @@
-//! The parameters of a query, each of which may be given once and has a rule.
+//! The parameters of a query. Each has a rule and may be given only once.
 
 use actix_web::HttpRequest;
-use actix_web::web::Query;
+use actix_web::web;
 use chrono::{DateTime, Utc};
 use percent_encoding::percent_decode_str;
 
-use crate::error::ApiError;
-use crate::euros::{Euros, whole};
+use super::error::ApiError;
+use crate::types::euros::{Euros, whole};
 
-pub struct Parameters {
+pub struct Query {
     given: Vec<(String, String)>,
-    /// Those that somebody asked for: the others are unknown.
+    /// The names that were read. All others are unknown.
     known: Vec<&'static str>,
 }
 
-impl Parameters {
-    pub fn of(request: &HttpRequest) -> Result<Self, ApiError> {
+impl Query {
+    pub fn parse(request: &HttpRequest) -> Result<Self, ApiError> {
         for pair in request.query_string().split('&') {
             if percent_decode_str(pair).decode_utf8().is_err() {
                 let name = pair.split('=').next().unwrap_or_default();
                 return Err(ApiError::malformed(format!("{name}: must be UTF-8")));
             }
         }
-        let query = Query::<Vec<(String, String)>>::from_query(request.query_string());
+        let query = web::Query::<Vec<(String, String)>>::from_query(request.query_string());
         let given = query
             .map_err(|_| ApiError::malformed("the query cannot be read"))?
             .into_inner();
         for (index, (name, _)) in given.iter().enumerate() {
             if given.iter().take(index).any(|(seen, _)| seen == name) {
-                return Err(ApiError::malformed(format!("{name}: must be given once")));
+                return Err(ApiError::malformed(format!(
+                    "{name}: must be given only once"
+                )));
             }
         }
         Ok(Self {
@@ -64,7 +66,7 @@ impl Parameters {
 
     pub fn long(&mut self, name: &'static str) -> Result<Option<i64>, ApiError> {
         self.read(name, |text| {
-            digits(text).ok_or("must come from the link to this page")
+            digits(text).ok_or("must come from a Link header")
         })
     }
 
@@ -92,14 +94,14 @@ impl Parameters {
         })
     }
 
-    pub fn moment(&mut self, name: &'static str) -> Result<Option<DateTime<Utc>>, ApiError> {
+    pub fn timestamp(&mut self, name: &'static str) -> Result<Option<DateTime<Utc>>, ApiError> {
         self.read(name, |text| match DateTime::parse_from_rfc3339(text) {
-            Ok(moment) => Ok(moment.to_utc()),
-            Err(_) => Err("must be a moment such as 2023-01-17T08:17:32Z"),
+            Ok(timestamp) => Ok(timestamp.to_utc()),
+            Err(_) => Err("must be a date and time such as 2023-01-17T08:17:32Z"),
         })
     }
 
-    /// Refuses the parameters that nobody asked for.
+    /// Refuses unknown parameters. Call it after all others have been read.
     pub fn finish(&self) -> Result<(), ApiError> {
         match self
             .given
@@ -107,13 +109,13 @@ impl Parameters {
             .find(|(name, _)| !self.known.contains(&name.as_str()))
         {
             Some((name, _)) => Err(ApiError::malformed(format!(
-                "{name}: is not a parameter here"
+                "{name}: is not a parameter of this path"
             ))),
             None => Ok(()),
         }
     }
 
-    /// The `Link` to what comes after, with all other parameters as they are.
+    /// The `Link` to the page after this position, with the same other parameters.
     pub fn next_page(&self, path: &str, after: &str) -> String {
         let mut query = form_urlencoded::Serializer::new(String::new());
         query.extend_pairs(self.given.iter().filter(|(name, _)| name != "after"));

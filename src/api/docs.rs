@@ -1,9 +1,9 @@
-//! The contract as OpenAPI, and a page to read and try it, all from inside the program.
+//! The OpenAPI document, and a Swagger UI page for it. Both are part of the program.
 
 use actix_web::http::{StatusCode, header};
 use actix_web::{HttpResponse, web};
 
-use crate::error::ApiError;
+use crate::http::error::ApiError;
 
 const OPENAPI: &str = include_str!("openapi.yaml");
 const CSS: &str = include_str!(concat!(env!("OUT_DIR"), "/swagger-ui.css"));
@@ -26,7 +26,7 @@ fn text(media_type: &'static str, text: &'static str) -> HttpResponse {
     HttpResponse::Ok()
         .content_type(media_type)
         .insert_header((header::CACHE_CONTROL, "no-cache"))
-        // The page runs and fetches what this host serves, and nothing else.
+        // The page loads nothing from other hosts.
         .insert_header((
             header::CONTENT_SECURITY_POLICY,
             "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:",
@@ -49,7 +49,7 @@ pub async fn file(name: web::Path<String>) -> Result<HttpResponse, ApiError> {
         "start.js" => Ok(text("text/javascript; charset=utf-8", START)),
         name => Err(ApiError::new(
             StatusCode::NOT_FOUND,
-            format!("there is no file {name} here"),
+            format!("no such file: {name}"),
         )),
     }
 }

@@ -1,11 +1,12 @@
-//! The stream between the HTTP parser and the socket, for two things that the parser does not do.
+//! The socket of a client, between the network and the HTTP parser.
 //!
-//! A client that has gone is not worked for: the end of what it sends is an error here, which drops its request, and with that
-//! cancels the statement.
+//! If the client disconnects, the parser gets an error instead of the end of its input. It then drops the request in flight,
+//! which cancels the statement. The parser's own `h1_allow_half_closed(false)` also drops the responses before a malformed
+//! request.
 //!
-//! The few errors that the parser answers by itself, before there is a request, get the form of the contract. For a head that
-//! is malformed, too long or too slow it writes a bare status and ends the connection. The error body takes its place here.
-//! The parser's own responses are the only ones of 400 or above without a body, and always the last of their connection.
+//! The parser answers a malformed, oversized or slow head itself, with a bare status, and closes the connection. This wrapper
+//! writes the error of the contract instead. The parser's own responses are the only ones of 400 or above without a body, and
+//! always the last of their connection.
 
 use std::io;
 use std::pin::Pin;
@@ -16,27 +17,27 @@ use actix_web::rt::net::TcpStream;
 use bytes::{Buf, Bytes};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use crate::edge::new_request_id;
+use super::request_id;
 
-pub struct Wire {
+pub struct Connection {
     socket: TcpStream,
-    /// Whether pages of any origin may read what is written here.
+    /// Whether pages of any origin may read the response.
     any_origin: bool,
-    /// What is written in place of a bare error, as far as it is not written yet.
-    instead: Option<Bytes>,
+    /// The rest of the error that replaces a bare one.
+    replacement: Option<Bytes>,
 }
 
-impl Wire {
+impl Connection {
     pub fn new(socket: TcpStream, any_origin: bool) -> Self {
         Self {
             socket,
             any_origin,
-            instead: None,
+            replacement: None,
         }
     }
 }
 
-impl AsyncRead for Wire {
+impl AsyncRead for Connection {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -44,39 +45,42 @@ impl AsyncRead for Wire {
     ) -> Poll<io::Result<()>> {
         let filled = buffer.filled().len();
         ready!(Pin::new(&mut self.socket).poll_read(cx, buffer))?;
-        if buffer.filled().len() == filled && buffer.remaining() > 0 {
+        let is_end = buffer.filled().len() == filled && buffer.remaining() > 0;
+        if is_end {
             return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
         }
         Poll::Ready(Ok(()))
     }
 }
 
-impl AsyncWrite for Wire {
+impl AsyncWrite for Connection {
     fn poll_write(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         buffer: &[u8],
     ) -> Poll<io::Result<usize>> {
-        let wire = &mut *self;
-        if wire.instead.is_none() {
+        let connection = &mut *self;
+        if connection.replacement.is_none() {
             match bare_error(buffer) {
-                Some((0, status)) => wire.instead = Some(error_response(status, wire.any_origin)),
-                // The responses before it go first, as they are.
+                Some((0, status)) => {
+                    connection.replacement = Some(error_response(status, connection.any_origin));
+                }
+                // The responses before it are written first.
                 Some((start, _)) => {
                     let before = buffer.get(..start).unwrap_or_default();
-                    return Pin::new(&mut wire.socket).poll_write(cx, before);
+                    return Pin::new(&mut connection.socket).poll_write(cx, before);
                 }
-                None => return Pin::new(&mut wire.socket).poll_write(cx, buffer),
+                None => return Pin::new(&mut connection.socket).poll_write(cx, buffer),
             }
         }
-        while let Some(instead) = wire.instead.as_mut().filter(Buf::has_remaining) {
-            let written = ready!(Pin::new(&mut wire.socket).poll_write(cx, instead))?;
+        while let Some(replacement) = connection.replacement.as_mut().filter(Buf::has_remaining) {
+            let written = ready!(Pin::new(&mut connection.socket).poll_write(cx, replacement))?;
             if written == 0 {
                 return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
             }
-            instead.advance(written);
+            replacement.advance(written);
         }
-        wire.instead = None;
+        connection.replacement = None;
         Poll::Ready(Ok(buffer.len()))
     }
 
@@ -89,9 +93,9 @@ impl AsyncWrite for Wire {
     }
 }
 
-/// Where in what is about to be written a bare error begins, and which.
+/// The position and status of a bare error in what is about to be written.
 fn bare_error(buffer: &[u8]) -> Option<(usize, StatusCode)> {
-    // Nearly every write ends in a body.
+    // Nearly every write ends with a body.
     let head = buffer.strip_suffix(b"\r\n\r\n")?;
     let text = head.utf8_chunks().last()?.valid();
     let start = text.rfind("HTTP/1.")?;
@@ -111,11 +115,11 @@ fn bare_error(buffer: &[u8]) -> Option<(usize, StatusCode)> {
 fn error_response(status: StatusCode, any_origin: bool) -> Bytes {
     let message = match status {
         StatusCode::REQUEST_TIMEOUT => "the request took too long to arrive",
-        StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE => "the head of the request is too long",
-        _ => "the request is not well-formed HTTP",
+        StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE => "the request head is too large",
+        _ => "the request is not valid HTTP",
     };
     let body = format!("{{\"message\":\"{message}\"}}");
-    let id = new_request_id();
+    let id = request_id::new();
     log::info!("- - {} {} - {id}: {message}", status.as_u16(), body.len());
     let origin = if any_origin {
         "access-control-allow-origin: *\r\n"

@@ -1,4 +1,4 @@
-//! Exact numbers: from the digits on the wire to `numeric(12,2)` and back, never through a float.
+//! Exact money: from the digits of a JSON number to `numeric(12,2)` and back, never through a float.
 
 use std::error::Error;
 use std::fmt;
@@ -17,7 +17,7 @@ pub struct Euros {
 impl Euros {
     const MAX_CENTS: i64 = 999_999_999_999;
 
-    /// The amount that the text of a JSON number means. The error says what it has to be.
+    /// Reads the text of a JSON number. The error says what the amount must be.
     pub fn parse(number: &str) -> Result<Self, &'static str> {
         match scaled(number, 2) {
             Scaled::Exact(cents) if (0..=Self::MAX_CENTS).contains(&cents) => Ok(Self { cents }),
@@ -28,7 +28,7 @@ impl Euros {
     }
 }
 
-/// As short as it can be, as clients write numbers: `710000`, `0.1`, `12.34`.
+/// The shortest form: `710000`, `0.1`, `12.34`.
 impl fmt::Display for Euros {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match (self.cents / 100, self.cents % 100) {
@@ -49,8 +49,8 @@ impl Serialize for Euros {
     }
 }
 
-/// `numeric` as PostgreSQL sends it: how many digits to the base of 10,000, the power of the first of them, the sign, how many
-/// decimals to show, and the digits.
+/// PostgreSQL sends a `numeric` as five parts: the number of digits to base 10,000, the power of the first digit, the sign, the
+/// number of decimals, and the digits.
 impl FromSql<'_> for Euros {
     fn from_sql(_: &Type, mut numeric: &[u8]) -> Result<Self, Box<dyn Error + Sync + Send>> {
         let digits = numeric.try_get_u16()?;
@@ -69,7 +69,7 @@ impl FromSql<'_> for Euros {
             };
         }
         if sign != 0 || cents > Self::MAX_CENTS {
-            return Err("no amount from 0 to 9999999999.99".into());
+            return Err("not an amount from 0 to 9999999999.99".into());
         }
         Ok(Self { cents })
     }
@@ -98,7 +98,7 @@ impl ToSql for Euros {
     to_sql_checked!();
 }
 
-/// The whole number that the text of a JSON number means. `2.0` is one (JSON Schema says so).
+/// Reads the text of a JSON number as an integer. JSON Schema says that `2.0` is one.
 pub fn whole(number: &str) -> Option<i64> {
     match scaled(number, 0) {
         Scaled::Exact(value) => Some(value),

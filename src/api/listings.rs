@@ -1,0 +1,384 @@
+//! Listings: what a response looks like, the handler of each method, and its SQL.
+
+use actix_web::http::header::{ContentType, EntityTag};
+use actix_web::http::{StatusCode, header};
+use actix_web::web::{Data, Path, Payload};
+use actix_web::{HttpRequest, HttpResponse};
+use serde::Serialize;
+use tokio_postgres::Row;
+use tokio_postgres::types::ToSql;
+
+use super::auth::{Auth, Writer};
+use super::listing_filter::Filter;
+use super::listing_input::Input;
+use crate::http::error::ApiError;
+use crate::http::query::Query;
+use crate::http::{body, conditional, json_array};
+use crate::postgres::{Database, Lookup, Parameters, Rows, Value};
+use crate::types::euros::Euros;
+use crate::types::timestamp::Timestamp;
+
+#[derive(Serialize)]
+struct Listing<'a> {
+    id: i32,
+    name: &'a str,
+    postal_address: PostalAddress<'a>,
+    description: &'a str,
+    building_type: &'a str,
+    latest_price_eur: Euros,
+    surface_area_m2: f64,
+    rooms_count: i32,
+    bedrooms_count: i32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    contact_phone_number: Option<&'a str>,
+    created_date: Timestamp,
+    updated_date: Timestamp,
+}
+
+#[derive(Serialize)]
+struct PostalAddress<'a> {
+    street_address: &'a str,
+    postal_code: &'a str,
+    city: &'a str,
+    country: &'a str,
+}
+
+/// The columns that every statement returns. `xmin` changes with every write to the row, by any writer.
+macro_rules! columns {
+    () => {
+        "id, name, street_address, postal_code, city, country, description, building_type, price, surface_area_m2, \
+         rooms_count, bedrooms_count, contact_phone_number, created_date, updated_date, xmin::text as version"
+    };
+}
+
+impl<'a> TryFrom<&'a Row> for Listing<'a> {
+    type Error = tokio_postgres::Error;
+
+    fn try_from(row: &'a Row) -> Result<Self, Self::Error> {
+        Ok(Self {
+            id: row.try_get("id")?,
+            name: row.try_get("name")?,
+            postal_address: PostalAddress {
+                street_address: row.try_get("street_address")?,
+                postal_code: row.try_get("postal_code")?,
+                city: row.try_get("city")?,
+                country: row.try_get("country")?,
+            },
+            description: row.try_get("description")?,
+            building_type: row.try_get("building_type")?,
+            latest_price_eur: row.try_get("price")?,
+            surface_area_m2: row.try_get("surface_area_m2")?,
+            rooms_count: row.try_get("rooms_count")?,
+            bedrooms_count: row.try_get("bedrooms_count")?,
+            contact_phone_number: row.try_get("contact_phone_number")?,
+            created_date: row.try_get("created_date")?,
+            updated_date: row.try_get("updated_date")?,
+        })
+    }
+}
+
+fn write(row: &Row, json: &mut Vec<u8>) -> Result<(), ApiError> {
+    serde_json::to_writer(json, &Listing::try_from(row)?).map_err(ApiError::internal)
+}
+
+fn etag(row: &Row) -> Result<EntityTag, tokio_postgres::Error> {
+    Ok(conditional::etag(row.try_get("version")?))
+}
+
+fn respond(status: StatusCode, row: &Row) -> Result<HttpResponse, ApiError> {
+    let mut json = Vec::with_capacity(1024);
+    write(row, &mut json)?;
+    Ok(HttpResponse::build(status)
+        .insert_header(header::ETag(etag(row)?))
+        .insert_header((header::CACHE_CONTROL, "no-cache"))
+        .content_type(ContentType::json())
+        .body(json))
+}
+
+pub fn not_found(id: impl std::fmt::Display) -> ApiError {
+    let message = format!("listing {id} does not exist");
+    ApiError::new(StatusCode::NOT_FOUND, message)
+}
+
+/// The id in a path. Text that is not a positive 32-bit integer is the id of no listing.
+pub fn parse_id(text: &str) -> Result<i32, ApiError> {
+    // Only as the service writes it: neither +7 nor 07 is listing 7.
+    let id = text
+        .parse::<i32>()
+        .ok()
+        .filter(|id| *id > 0 && id.to_string() == text);
+    id.ok_or_else(|| not_found(text))
+}
+
+/// An expression that sets `listing.actor` for this transaction before it returns its value. So the actor is known before any
+/// trigger of the row fires.
+macro_rules! with_actor {
+    ($actor:literal, $value:literal) => {
+        concat!(
+            "case when ",
+            $actor,
+            "::text is null or set_config('listing.actor', ",
+            $actor,
+            ", true) is not null \
+             then ",
+            $value,
+            " end"
+        )
+    };
+}
+
+const INSERT: &str = concat!(
+    "insert into public.listing (name, street_address, postal_code, city, country, description, building_type, \
+     price, surface_area_m2, rooms_count, bedrooms_count, contact_phone_number, owner) \
+     values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, ",
+    with_actor!("$14", "$13::text"),
+    ") returning ",
+    columns!()
+);
+
+pub async fn create(
+    request: HttpRequest,
+    payload: Payload,
+    auth: Data<Auth>,
+    database: Data<Database>,
+) -> Result<HttpResponse, ApiError> {
+    let (Writer { owner, actor }, body) = auth.admit(&request, payload).await?;
+    body::require_type(&request, &["application/json"])?;
+    let input = Input::parse(&body, true)?;
+    let who: Parameters = &[&owner, &actor];
+    let values = [&input.values(), who].concat();
+    let rows = database.write(None, INSERT, &values).await?;
+    let row = rows
+        .first()
+        .ok_or_else(|| ApiError::internal("an insert returned no row"))?;
+    let location = format!("/listings/{}", row.try_get::<_, i32>("id")?);
+    let mut response = respond(StatusCode::CREATED, row)?;
+    let location = location.parse().map_err(ApiError::internal)?;
+    response.headers_mut().insert(header::LOCATION, location);
+    Ok(response)
+}
+
+/// Many listings at once, because concurrent reads share a statement.
+const SELECT_BY_ID: &str = concat!(
+    "select ",
+    columns!(),
+    " from public.listing where id = any($1)"
+);
+
+/// The batched lookup of [`get`].
+pub struct ById(Lookup<i32>);
+
+impl ById {
+    pub fn new(database: &Database) -> Self {
+        Self(database.lookup(SELECT_BY_ID))
+    }
+}
+
+pub async fn get(
+    request: HttpRequest,
+    path: Path<String>,
+    by_id: Data<ById>,
+) -> Result<HttpResponse, ApiError> {
+    let id = parse_id(&path)?;
+    // A replica may not have the listing, or the version that the client names, yet.
+    let is_fresh = |rows: &Rows| {
+        let etag = rows.first().map(etag);
+        matches!(etag, Some(Ok(etag)) if conditional::is_fresh(&request, &etag))
+    };
+    let rows = by_id.0.get(id, is_fresh).await?;
+    let row = rows.first().ok_or_else(|| not_found(id))?;
+    let etag = etag(row)?;
+    if conditional::is_known(&request, &etag) {
+        return Ok(conditional::not_modified(etag));
+    }
+    respond(StatusCode::OK, row)
+}
+
+pub async fn replace(
+    request: HttpRequest,
+    path: Path<String>,
+    payload: Payload,
+    auth: Data<Auth>,
+    database: Data<Database>,
+) -> Result<HttpResponse, ApiError> {
+    let (writer, body) = auth.admit(&request, payload).await?;
+    let id = parse_id(&path)?;
+    body::require_type(&request, &["application/json"])?;
+    let mut input = Input::parse(&body, true)?;
+    // A replacement without a phone number removes it.
+    input.sets_contact_phone_number = true;
+    update(&request, &database, writer, id, input).await
+}
+
+pub async fn patch(
+    request: HttpRequest,
+    path: Path<String>,
+    payload: Payload,
+    auth: Data<Auth>,
+    database: Data<Database>,
+) -> Result<HttpResponse, ApiError> {
+    let (writer, body) = auth.admit(&request, payload).await?;
+    let id = parse_id(&path)?;
+    body::require_type(
+        &request,
+        &["application/merge-patch+json", "application/json"],
+    )?;
+    let input = Input::parse(&body, false)?;
+    update(&request, &database, writer, id, input).await
+}
+
+/// Changes the given fields if the version and the owner match. Both conditions are in the statement, so of two writers with
+/// the same `If-Match` only one wins, and a listing that gets another owner meanwhile is safe: if the statement waits for a
+/// row lock, PostgreSQL checks the conditions again on the new row.
+const UPDATE: &str = concat!(
+    "update public.listing set \
+     name = coalesce($1, name), \
+     street_address = coalesce($2, street_address), \
+     postal_code = coalesce($3, postal_code), \
+     city = coalesce($4, city), \
+     country = coalesce($5, country), \
+     description = coalesce($6, description), \
+     building_type = coalesce($7, building_type), \
+     price = coalesce($8, price), \
+     surface_area_m2 = coalesce($9, surface_area_m2), \
+     rooms_count = coalesce($10, rooms_count), \
+     bedrooms_count = coalesce($11, bedrooms_count), \
+     contact_phone_number = case when $13 then $12 else contact_phone_number end, \
+     updated_date = ",
+    with_actor!("$17", "statement_timestamp()"),
+    " where id = $14 and ($15::text[] is null or xmin::text = any($15)) and ($16::text is null or owner = $16) returning ",
+    columns!()
+);
+
+async fn update(
+    request: &HttpRequest,
+    database: &Database,
+    writer: Writer,
+    id: i32,
+    input: Input,
+) -> Result<HttpResponse, ApiError> {
+    let Writer { owner, actor } = writer;
+    let versions = conditional::expected_versions(request);
+    let sets_phone = input.sets_contact_phone_number;
+    let which: Parameters = &[&sets_phone, &id, &versions, &owner, &actor];
+    let values = [&input.values(), which].concat();
+    let rows = database.write(Some(id), UPDATE, &values).await?;
+    match rows.first() {
+        Some(row) => respond(StatusCode::OK, row),
+        None => Err(why_not_written(database, id, versions, owner).await),
+    }
+}
+
+/// The history is deleted with the listing. The actor is for triggers of the DBA.
+const DELETE: &str = "delete from public.listing \
+    where id = $1 and ($2::text[] is null or xmin::text = any($2)) and ($3::text is null or owner = $3) \
+    and ($4::text is null or set_config('listing.actor', $4, true) is not null) returning id";
+
+pub async fn delete(
+    request: HttpRequest,
+    path: Path<String>,
+    payload: Payload,
+    auth: Data<Auth>,
+    database: Data<Database>,
+) -> Result<HttpResponse, ApiError> {
+    let (Writer { owner, actor }, _) = auth.admit(&request, payload).await?;
+    let id = parse_id(&path)?;
+    let versions = conditional::expected_versions(&request);
+    let values: Parameters = &[&id, &versions, &owner, &actor];
+    let rows = database.write(Some(id), DELETE, values).await?;
+    if rows.is_empty() {
+        return Err(why_not_written(&database, id, versions, owner).await);
+    }
+    Ok(HttpResponse::NoContent().finish())
+}
+
+const SELECT_MAY_WRITE: &str = "select $2::text is null or owner is not distinct from $2 as may_write \
+    from public.listing where id = $1";
+
+/// Why a write found no row: the listing does not exist, belongs to another owner, or has another version.
+async fn why_not_written(
+    database: &Database,
+    id: i32,
+    versions: Option<Vec<String>>,
+    owner: Option<String>,
+) -> ApiError {
+    if versions.is_none() && owner.is_none() {
+        return not_found(id);
+    }
+    let values: Parameters = &[&id, &owner];
+    let rows = match database.read_on_primary(SELECT_MAY_WRITE, values).await {
+        Ok(rows) => rows,
+        Err(error) => return error.into(),
+    };
+    match rows.first().map(|row| row.try_get("may_write")) {
+        None => not_found(id),
+        Some(Ok(true)) if versions.is_some() => {
+            let message = format!("if-match: listing {id} has changed, read it again");
+            ApiError::new(StatusCode::PRECONDITION_FAILED, message)
+        }
+        // Also if the listing got this owner after the write.
+        Some(Ok(_)) => {
+            let message = format!("this key may not change listing {id}");
+            ApiError::new(StatusCode::FORBIDDEN, message)
+        }
+        Some(Err(error)) => error.into(),
+    }
+}
+
+pub async fn list(
+    request: HttpRequest,
+    database: Data<Database>,
+) -> Result<HttpResponse, ApiError> {
+    let mut query = Query::parse(&request)?;
+    let limit = query.limit()?;
+    let after = query.integer("after")?.unwrap_or(0);
+    let filter = Filter::parse(&mut query)?;
+    query.finish()?;
+
+    let page = Page::new(filter);
+    let mut response = HttpResponse::Ok();
+    response.insert_header((header::CACHE_CONTROL, "no-cache"));
+    let Some(limit) = limit else {
+        let read = async move |last: Option<&Row>| {
+            let after = last.map_or(Ok(after), |row| row.try_get("id"))?;
+            page.read(&database, after, json_array::PAGE_SIZE).await
+        };
+        return json_array::stream(&request, response, read, write).await;
+    };
+    // The extra row tells whether there is a further page.
+    let mut rows = page.read(&database, after, limit + 1).await?;
+    if json_array::trim_to_limit(&mut rows, limit)
+        && let Some(last) = rows.last()
+    {
+        let last: i32 = last.try_get("id")?;
+        let next = query.next_page(request.path(), &last.to_string());
+        response.insert_header((header::LINK, next));
+    }
+    json_array::respond(response, &rows, write)
+}
+
+/// The statement for a page of a filtered list.
+struct Page {
+    sql: String,
+    filter_values: Vec<Value>,
+}
+
+impl Page {
+    fn new(filter: Filter) -> Self {
+        // $1 is the id after which the page begins, $2 its size.
+        let (conditions, filter_values) = filter.into_conditions(3);
+        let columns = columns!();
+        let sql = format!(
+            "select {columns} from public.listing where id > $1{conditions} order by id limit $2"
+        );
+        Self { sql, filter_values }
+    }
+
+    async fn read(&self, database: &Database, after: i32, size: i64) -> Result<Vec<Row>, ApiError> {
+        let mut parameters: Vec<&(dyn ToSql + Sync)> = vec![&after, &size];
+        for value in &self.filter_values {
+            parameters.push(value.as_ref());
+        }
+        Ok(database.read(&self.sql, &parameters, |_| true).await?)
+    }
+}

@@ -1,0 +1,53 @@
+//! Conditional requests: `ETag`, `If-None-Match`, `If-Match`.
+
+use actix_web::http::header::{self, EntityTag, Header, IfMatch, IfNoneMatch};
+use actix_web::{HttpRequest, HttpResponse};
+
+/// A strong tag.
+pub fn etag(version: &str) -> EntityTag {
+    EntityTag::new_strong(version.to_owned())
+}
+
+/// Whether the client already has this version (`If-None-Match`, weak comparison).
+pub fn is_known(request: &HttpRequest, etag: &EntityTag) -> bool {
+    match IfNoneMatch::parse(request) {
+        Ok(IfNoneMatch::Any) => true,
+        Ok(IfNoneMatch::Items(tags)) => tags.iter().any(|tag| tag.weak_eq(etag)),
+        Err(_) => false,
+    }
+}
+
+/// Whether a replica may answer with this version. If the client names another version, or several, only the primary knows
+/// which is the newest.
+pub fn is_fresh(request: &HttpRequest, etag: &EntityTag) -> bool {
+    match IfNoneMatch::parse(request) {
+        Ok(IfNoneMatch::Any) => true,
+        Ok(IfNoneMatch::Items(tags)) => match &tags[..] {
+            [] => true,
+            [tag] => tag.weak_eq(etag),
+            _ => false,
+        },
+        Err(_) => false,
+    }
+}
+
+pub fn not_modified(etag: EntityTag) -> HttpResponse {
+    HttpResponse::NotModified()
+        .insert_header(header::ETag(etag))
+        .insert_header((header::CACHE_CONTROL, "no-cache"))
+        .finish()
+}
+
+/// The versions that a write may replace, from `If-Match`. `None` means any. A header without a strong tag matches no
+/// version.
+pub fn expected_versions(request: &HttpRequest) -> Option<Vec<String>> {
+    if !request.headers().contains_key(IfMatch::name()) {
+        return None;
+    }
+    let strong = |tag: &EntityTag| (!tag.weak).then(|| tag.tag().to_owned());
+    match IfMatch::parse(request) {
+        Ok(IfMatch::Any) => None,
+        Ok(IfMatch::Items(tags)) => Some(tags.iter().filter_map(strong).collect()),
+        Err(_) => Some(Vec::new()),
+    }
+}

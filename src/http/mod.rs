@@ -1,0 +1,13 @@
+//! What all requests share: bodies, parameters, errors, conditional requests, metrics.
+
+pub mod body;
+pub mod busy_poll;
+pub mod conditional;
+pub mod connection;
+pub mod error;
+pub mod fields;
+pub mod json_array;
+pub mod metrics;
+pub mod middleware;
+pub mod query;
+pub mod request_id;

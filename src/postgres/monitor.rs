@@ -1,0 +1,222 @@
+//! Probes every server four times a second, chooses the primary, and measures the lag of the others.
+//!
+//! The primary stays the primary while it accepts writes. If `DATABASE_URL` names several hosts, another one becomes the
+//! primary as soon as it accepts writes.
+
+use std::collections::VecDeque;
+use std::pin::pin;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use actix_web::rt;
+use anyhow::{Context, Result};
+use futures_util::future;
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep, timeout_at};
+use tokio_postgres::Client;
+use tokio_postgres_rustls::MakeRustlsConnect;
+
+use super::probe::{self, Probe, ProbeError, probe};
+use super::server::{Reason, Route, Server, State};
+use crate::settings::Settings;
+
+const INTERVAL: Duration = Duration::from_millis(250);
+
+pub struct Monitor {
+    /// The hosts of `DATABASE_URL`. One of them is the primary.
+    candidates: Vec<Arc<Server>>,
+    primary: watch::Sender<Arc<Server>>,
+    /// The hosts of `DATABASE_READ_URL`. Their routes never change.
+    replicas: Vec<watch::Sender<Arc<Server>>>,
+    /// When the primary was first seen at which position.
+    positions: Mutex<VecDeque<(Instant, u64)>>,
+    max_lag: Duration,
+}
+
+impl Monitor {
+    /// Probes every server once and then in the background.
+    pub async fn start(settings: &Settings, tls: &MakeRustlsConnect) -> Result<Arc<Self>> {
+        let server = |config, grace_period| Server::new(config, settings, tls, grace_period);
+        let candidates: Vec<_> = settings
+            .database
+            .iter()
+            .map(|config| server(config, settings.pool_wait))
+            .collect();
+        let first = candidates.first().context("DATABASE_URL has no host")?;
+        // No grace period: another server answers in place of a replica.
+        let replicas = settings
+            .replicas
+            .iter()
+            .map(|config| watch::Sender::new(server(config, Duration::ZERO)));
+        let monitor = Arc::new(Self {
+            primary: watch::Sender::new(first.clone()),
+            replicas: replicas.collect(),
+            candidates,
+            positions: Mutex::default(),
+            max_lag: settings.replica_lag,
+        });
+        let servers = monitor.servers();
+        let started = servers.into_iter().map(|(_, server)| async {
+            let mut session = None;
+            let result = probe(&server, &mut session).await;
+            monitor.update(&server, result);
+            rt::spawn(monitor.clone().run(server, session));
+        });
+        future::join_all(started).await;
+        Ok(monitor)
+    }
+
+    async fn run(self: Arc<Self>, server: Arc<Server>, mut session: Option<Client>) {
+        loop {
+            let mut former = None;
+            tokio::select! {
+                () = sleep(INTERVAL) => (),
+                // On a new session: a server that shuts down may still answer on old ones.
+                () = server.suspected.notified() => former = session.take(),
+            }
+            let result = {
+                let mut probed = pin!(probe(&server, &mut session));
+                if let Ok(result) = timeout_at(end_of_grace_period(&server), &mut probed).await {
+                    result
+                } else {
+                    server.give_up();
+                    probed.await
+                }
+            };
+            if matches!(result, Err(ProbeError { is_up: true, .. })) {
+                // The server may have no connection left for a new session.
+                session = former;
+            }
+            let before = server.state();
+            self.update(&server, result);
+            let state = server.state();
+            match (before.writable(), state.writable()) {
+                (before, after) if before == after => (),
+                (_, Some(_)) => log::info!("database server {} {state}", server.name),
+                (_, None) => log::warn!("database server {} {state}", server.name),
+            }
+        }
+    }
+
+    /// Updates the state of a server from the result of a probe.
+    fn update(&self, server: &Arc<Server>, result: Result<Probe, ProbeError>) {
+        let state = match (result, server.state()) {
+            (Ok(Probe { writable, position }), _) => State::Up {
+                writable,
+                lag: self.lag(server, position),
+                suspect: false,
+            },
+            (Err(ProbeError { is_up: true, .. }), State::Up { writable, lag, .. }) => State::Up {
+                writable,
+                lag,
+                suspect: false,
+            },
+            (Err(ProbeError { text, position, .. }), before) => {
+                let lag = position.map(|position| self.lag(server, position));
+                let reason = Reason { text, lag };
+                let since = match before {
+                    State::Up { .. } => Some(Instant::now()),
+                    State::Missing { since, .. } => Some(since),
+                    State::Down { .. } => None,
+                };
+                match since {
+                    Some(since) if since.elapsed() < server.grace_period => {
+                        State::Missing { since, reason }
+                    }
+                    _ => State::Down { reason },
+                }
+            }
+        };
+        server.state.send_replace(state);
+        self.choose_primary();
+    }
+
+    /// A suspicion alone does not move the primary.
+    fn choose_primary(&self) {
+        let accepts_writes = |server: &&Arc<Server>| server.state().writable() == Some(true);
+        let primary = self.primary.borrow().clone();
+        if accepts_writes(&&primary) {
+            return;
+        }
+        let is_down = matches!(primary.state(), State::Down { .. });
+        let is_up = |server: &&Arc<Server>| is_down && server.state().writable().is_some();
+        let mut candidates = self.candidates.iter();
+        let next = candidates.clone().find(accepts_writes);
+        let next = next.or_else(|| candidates.find(is_up));
+        if let Some(next) = next.filter(|next| **next != primary) {
+            log::warn!(
+                "database server {} is now the primary and replaces {}",
+                next.name,
+                primary.name
+            );
+            self.primary.send_replace(next.clone());
+            self.lock_positions().clear();
+        }
+    }
+
+    /// How long ago the primary was at this position. The maximum if that was before the first probe.
+    fn lag(&self, server: &Arc<Server>, position: u64) -> Duration {
+        /// About twenty minutes.
+        const MAX_POSITIONS: usize = 5000;
+        let mut positions = self.lock_positions();
+        if *server == *self.primary.borrow() {
+            let newest = positions.back().map(|(_, newest)| *newest);
+            if newest.is_none_or(|newest| position > newest) {
+                positions.push_back((Instant::now(), position));
+            }
+            if positions.len() > MAX_POSITIONS {
+                positions.pop_front();
+            }
+            return Duration::ZERO;
+        }
+        match positions.partition_point(|(_, reached)| *reached <= position) {
+            0 => Duration::MAX,
+            next => positions
+                .get(next)
+                .map_or(Duration::ZERO, |(since, _)| since.elapsed()),
+        }
+    }
+
+    fn lock_positions(&self) -> std::sync::MutexGuard<'_, VecDeque<(Instant, u64)>> {
+        self.positions
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn primary(&self) -> Route {
+        self.primary.subscribe()
+    }
+
+    pub fn replicas(&self) -> impl Iterator<Item = Route> {
+        self.replicas.iter().map(watch::Sender::subscribe)
+    }
+
+    /// Whether a replica is up and its lag is within the limit.
+    pub fn is_current(&self, replica: &Server) -> bool {
+        matches!(*replica.state.borrow(), State::Up { lag, suspect: false, .. } if lag <= self.max_lag)
+    }
+
+    /// Every server with its role.
+    pub fn servers(&self) -> Vec<(&'static str, Arc<Server>)> {
+        let primary = self.primary.borrow().clone();
+        let candidates = self.candidates.iter().map(|server| {
+            let role = if *server == primary {
+                "primary"
+            } else {
+                "standby"
+            };
+            (role, server.clone())
+        });
+        let replicas = self.replicas.iter();
+        let replicas = replicas.map(|replica| ("replica", replica.borrow().clone()));
+        candidates.chain(replicas).collect()
+    }
+}
+
+fn end_of_grace_period(server: &Server) -> Instant {
+    match *server.state.borrow() {
+        State::Missing { since, .. } => since + server.grace_period,
+        // Later than the probe's own timeouts.
+        _ => Instant::now() + server.connect_timeout + 2 * probe::TIMEOUT,
+    }
+}

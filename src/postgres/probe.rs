@@ -1,0 +1,120 @@
+//! Asks one server whether it accepts writes and how far its write-ahead log has come.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use futures_util::future;
+use tokio::time::timeout;
+use tokio_postgres::config::TargetSessionAttrs;
+use tokio_postgres::{Client, SimpleQueryMessage};
+
+use super::connect::connect;
+use super::error::{connection_is_lost, describe};
+use super::server::{Server, State};
+
+/// Far more than a healthy server needs.
+pub const TIMEOUT: Duration = Duration::from_secs(1);
+
+const QUERY: &str = "select current_setting('transaction_read_only') = 'off' as writable, \
+    case when pg_is_in_recovery() then pg_last_wal_replay_lsn() else pg_current_wal_flush_lsn() end - '0/0' as position";
+
+pub struct Probe {
+    pub writable: bool,
+    /// In bytes of write-ahead log.
+    pub position: u64,
+}
+
+pub struct ProbeError {
+    pub text: String,
+    /// Whether the server works for the sessions it has.
+    pub is_up: bool,
+    /// Set if the server answers but is not of the kind that its URL asks for.
+    pub position: Option<u64>,
+}
+
+impl ProbeError {
+    fn new(text: &str) -> Self {
+        Self {
+            text: text.to_owned(),
+            is_up: false,
+            position: None,
+        }
+    }
+
+    fn from_postgres(error: &tokio_postgres::Error) -> Self {
+        Self {
+            // A refusal of one more connection, for example.
+            is_up: error.code().is_some() && !connection_is_lost(error),
+            ..Self::new(&describe(error))
+        }
+    }
+}
+
+/// Probes a server on its session. If the session was ended, probes once more on a new one.
+pub async fn probe(server: &Server, session: &mut Option<Client>) -> Result<Probe, ProbeError> {
+    loop {
+        let (client, reused) = match session.take() {
+            Some(client) => (client, true),
+            None => (new_session(server).await?, false),
+        };
+        server.answered.store(false, Ordering::Relaxed);
+        let answer = timeout(TIMEOUT, client.simple_query(QUERY)).await;
+        let silent = |_| ProbeError {
+            // A probe may be late under a crowd of requests.
+            is_up: server.answered.load(Ordering::Relaxed),
+            ..ProbeError::new("no answer within a second")
+        };
+        let messages = match answer.map_err(silent)? {
+            Err(error) if reused && connection_is_lost(&error) => continue,
+            messages => messages.map_err(|error| ProbeError::from_postgres(&error))?,
+        };
+        *session = Some(client);
+        let probe = messages
+            .iter()
+            .find_map(read)
+            .ok_or_else(|| ProbeError::new("the answer to the probe cannot be read"))?;
+        let wrong_kind = |text| ProbeError {
+            position: Some(probe.position),
+            ..ProbeError::new(text)
+        };
+        return match (server.config.get_target_session_attrs(), probe.writable) {
+            (TargetSessionAttrs::ReadWrite, false) => Err(wrong_kind("does not accept writes")),
+            (TargetSessionAttrs::ReadOnly, true) => Err(wrong_kind("accepts writes")),
+            _ => Ok(probe),
+        };
+    }
+}
+
+async fn new_session(server: &Server) -> Result<Client, ProbeError> {
+    let mut config = server.config.clone();
+    // Otherwise the driver would refuse a standby, and each probe of it would need a new session.
+    config.target_session_attrs(TargetSessionAttrs::Any);
+    let limit = match *server.state.borrow() {
+        State::Down { .. } => server.connect_timeout,
+        // Requests wait for the result.
+        _ => server.connect_timeout.min(TIMEOUT),
+    };
+    let connecting = timeout(
+        limit,
+        connect(config, server.tls.clone(), future::pending()),
+    );
+    let late = |_| ProbeError::new("no connection to the database within the limit");
+    match connecting.await.map_err(late)? {
+        Ok((client, _)) => Ok(client),
+        Err(error) => Err(ProbeError::from_postgres(&error)),
+    }
+}
+
+fn read(message: &SimpleQueryMessage) -> Option<Probe> {
+    let SimpleQueryMessage::Row(row) = message else {
+        return None;
+    };
+    Some(Probe {
+        writable: row.get("writable")? == "t",
+        // Null on a server that has not replayed anything yet.
+        position: row
+            .get("position")
+            .and_then(|position| position.parse().ok())
+            .unwrap_or(0),
+    })
+}

@@ -1,0 +1,69 @@
+//! Queues the writers of one row, so that a row that somebody has locked keeps one connection waiting and not all of them.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{Mutex, OwnedMutexGuard, Semaphore};
+use tokio::time::timeout;
+
+use super::error::Error;
+
+pub struct RowQueue {
+    /// The rows that are being written, by id.
+    rows: RefCell<HashMap<i32, Arc<Mutex<()>>>>,
+    /// Permits to wait for a row.
+    queue: Semaphore,
+    wait_timeout: Duration,
+}
+
+/// The right to write a row.
+pub struct RowLock<'a> {
+    queue: &'a RowQueue,
+    id: i32,
+    guard: Option<OwnedMutexGuard<()>>,
+}
+
+impl RowQueue {
+    pub fn new(queue_size: usize, wait_timeout: Duration) -> Self {
+        Self {
+            rows: RefCell::default(),
+            queue: Semaphore::new(queue_size),
+            wait_timeout,
+        }
+    }
+
+    pub async fn lock(&self, id: i32) -> Result<RowLock<'_>, Error> {
+        // Made first, so that it is dropped last and finds no other reference to the row.
+        let mut lock = RowLock {
+            queue: self,
+            id,
+            guard: None,
+        };
+        let row = self.rows.borrow_mut().entry(id).or_default().clone();
+        if let Ok(guard) = row.clone().try_lock_owned() {
+            lock.guard = Some(guard);
+            return Ok(lock);
+        }
+        let _queued = self.queue.try_acquire().map_err(|_| Error::queue_full())?;
+        let guard = timeout(self.wait_timeout, row.lock_owned()).await;
+        let late = |_| Error::conflict("other requests are writing the same row");
+        lock.guard = Some(guard.map_err(late)?);
+        Ok(lock)
+    }
+}
+
+impl Drop for RowLock<'_> {
+    fn drop(&mut self) {
+        self.guard = None;
+        let mut rows = self.queue.rows.borrow_mut();
+        // The last writer removes the row from the map.
+        if rows
+            .get(&self.id)
+            .is_some_and(|row| Arc::strong_count(row) == 1)
+        {
+            rows.remove(&self.id);
+        }
+    }
+}

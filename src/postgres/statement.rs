@@ -1,0 +1,197 @@
+//! Runs one statement in a transaction of its own, on a pooled connection.
+//!
+//! A statement is retried once if it certainly was not run. A read is also retried if its connection was lost.
+
+use std::time::{Duration, Instant};
+
+use deadpool_postgres::{Object, PoolError};
+use tokio::time::timeout;
+use tokio_postgres::Row;
+use tokio_postgres::types::ToSql;
+use tokio_postgres_rustls::MakeRustlsConnect;
+
+use super::error::{Error, connection_is_lost, describe, is_refusal, statement_is_stale};
+use super::pool::Pool;
+use super::server::Server;
+
+pub type Parameters<'a> = &'a [&'a (dyn ToSql + Sync)];
+
+#[derive(Clone, Copy, PartialEq)]
+pub enum Access {
+    Read,
+    Write,
+}
+
+/// An attempt that failed.
+struct Failure {
+    error: Error,
+    retry: bool,
+    /// When the connection was lost. Older connections are likely lost as well.
+    lost_at: Option<Instant>,
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Self {
+            error,
+            retry: false,
+            lost_at: None,
+        }
+    }
+}
+
+impl Pool {
+    /// Gives the connection back before it returns.
+    pub async fn run(
+        &self,
+        sql: &str,
+        parameters: Parameters<'_>,
+        access: Access,
+    ) -> Result<Vec<Row>, Error> {
+        let attempt = match self.attempt(sql, parameters, access, None).await {
+            Err(failure) if failure.retry => {
+                self.attempt(sql, parameters, access, failure.lost_at).await
+            }
+            attempt => attempt,
+        };
+        attempt.map_err(|failure| failure.error)
+    }
+
+    async fn attempt(
+        &self,
+        sql: &str,
+        parameters: Parameters<'_>,
+        access: Access,
+        connected_after: Option<Instant>,
+    ) -> Result<Vec<Row>, Failure> {
+        let queued = self.queue.try_acquire().map_err(|_| Error::queue_full())?;
+        let (server, _read) = match access {
+            Access::Write => (self.writable().await?, None),
+            Access::Read => {
+                let (server, _) = self.available().await?;
+                let late = |_| Error::unavailable("too many reads are in flight");
+                let read = timeout(self.wait_timeout, self.reads.acquire()).await;
+                (server, Some(read.map_err(late)?))
+            }
+        };
+        let client = self.check_out(&server, connected_after).await?;
+        drop(queued);
+        let in_flight = InFlight {
+            client: Some(client),
+            tls: &self.tls,
+        };
+        let mut sent = false;
+        let answer = in_flight.query(sql, parameters, &mut sent);
+        let error = match self.within_answer_timeout(answer).await? {
+            Ok(rows) => {
+                server.record_answer();
+                in_flight.finish();
+                return Ok(rows);
+            }
+            Err(error) => error,
+        };
+        let lost = connection_is_lost(&error);
+        if lost {
+            server.suspect();
+        } else {
+            in_flight.finish();
+        }
+        let stale = statement_is_stale(&error);
+        if stale {
+            self.connections.manager().statement_caches.clear();
+        }
+        let not_run = lost && (!sent || is_refusal(&error));
+        Err(Failure {
+            retry: stale || not_run || lost && access == Access::Read,
+            lost_at: lost.then(Instant::now),
+            error: error.into(),
+        })
+    }
+
+    /// Takes a connection from the pool, connected after a certain time.
+    async fn check_out(
+        &self,
+        server: &Server,
+        connected_after: Option<Instant>,
+    ) -> Result<Object, Failure> {
+        let retry = |error| Failure {
+            error,
+            retry: true,
+            lost_at: None,
+        };
+        loop {
+            let client = server.unless_left(&self.route, self.connections.get());
+            match client.await.map_err(retry)? {
+                Ok(client) => {
+                    let connected = Object::metrics(&client).created;
+                    if connected_after.is_none_or(|limit| connected >= limit) {
+                        return Ok(client);
+                    }
+                    drop(Object::take(client));
+                }
+                Err(PoolError::Backend(error)) if connection_is_lost(&error) => {
+                    server.suspect();
+                    return Err(retry(error.into()));
+                }
+                Err(error) => return Err(Error::from(error).into()),
+            }
+        }
+    }
+}
+
+/// A pooled connection with a statement in flight.
+///
+/// If it is dropped before the statement ended, because the client disconnected or the answer is late, the statement is
+/// cancelled and the connection closed. The driver would otherwise finish the statement while the next request waits for it.
+struct InFlight<'a> {
+    client: Option<Object>,
+    tls: &'a MakeRustlsConnect,
+}
+
+impl InFlight<'_> {
+    /// `sent` becomes true before the statement is sent. Preparing it does not count, and may wait for locks.
+    async fn query(
+        &self,
+        sql: &str,
+        parameters: Parameters<'_>,
+        sent: &mut bool,
+    ) -> Result<Vec<Row>, tokio_postgres::Error> {
+        let Some(client) = &self.client else {
+            return Ok(Vec::new());
+        };
+        let statement = client.prepare_cached(sql).await?;
+        *sent = true;
+        client.query(&statement, parameters).await
+    }
+
+    /// Gives the connection back to the pool.
+    fn finish(mut self) {
+        self.client = None;
+    }
+}
+
+impl Drop for InFlight<'_> {
+    fn drop(&mut self) {
+        let Some(client) = self.client.take().map(Object::take) else {
+            return;
+        };
+        // Without a runtime the process is ending.
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else {
+            return;
+        };
+        if client.is_closed() {
+            return;
+        }
+        let (cancel, tls) = (client.cancel_token(), self.tls.clone());
+        runtime.spawn(async move {
+            let cancelled = async {
+                cancel.cancel_query(tls).await?;
+                // Keeps the connection until the statement has ended: a pooler forgets the statement of a closed one.
+                client.batch_execute("").await
+            };
+            if let Ok(Err(error)) = timeout(Duration::from_secs(5), cancelled).await {
+                log::debug!("a statement was not cancelled: {}", describe(&error));
+            }
+        });
+    }
+}

@@ -1,0 +1,219 @@
+//! Starts the service: settings, schema check, listeners. Then serves until a signal stops it.
+
+use std::iter;
+use std::net::{SocketAddr, TcpListener};
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use actix_http::{HttpService, KeepAlive, Protocol};
+use actix_server::{Server, ServerBuilder};
+use actix_service::{ServiceFactoryExt, fn_service, map_config};
+use actix_web::dev::AppConfig;
+use actix_web::middleware::{Compress, Logger, from_fn};
+use actix_web::rt::net::TcpStream;
+use actix_web::web::Data;
+use actix_web::{App, HttpServer, rt};
+use anyhow::{Context, Error, Result, ensure};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use tokio::net::TcpSocket;
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::admin::{self, Stopping};
+use crate::api;
+use crate::http::body::READ_TIMEOUT;
+use crate::http::connection::Connection;
+use crate::http::metrics;
+use crate::http::middleware::middleware;
+use crate::postgres::Cluster;
+use crate::settings::{AuthMode, Settings, is_loopback};
+
+/// Runs the service until a signal stops it. With `check_only`, only verifies that it could run.
+#[expect(
+    clippy::missing_errors_doc,
+    reason = "the error is the reason, for the operator"
+)]
+pub async fn run(check_only: bool) -> Result<()> {
+    let settings = Data::new(Settings::from_env()?);
+    let cluster = Data::new(Cluster::start(&settings).await?);
+    check_schema(&cluster).await?;
+    if check_only {
+        for server in cluster.report().servers {
+            println!("{server}");
+        }
+        let auth = settings.auth;
+        println!("settings, database and schema are valid; {auth}");
+        return Ok(());
+    }
+    let stop = stop_signal()?;
+    let (api_listener, listen) = bind("LISTEN_ADDR", settings.listen)?;
+    let (admin_listener, admin_listen) = bind("ADMIN_ADDR", settings.admin)?;
+    metrics::register();
+    let stopping = Data::new(Stopping::default());
+    let api = serve_api(api_listener, settings.clone(), cluster.clone())?;
+    let admin = serve_admin(admin_listener, cluster.clone(), stopping.clone())?;
+    for server in cluster.report().servers {
+        log::info!("{server}");
+    }
+    if settings.auth == AuthMode::Off && !is_loopback(listen) {
+        log::warn!("AUTH=off: anyone who can reach {listen} can write");
+    }
+    log::info!(
+        "serving on http://{listen}, docs on http://{listen}/docs, health and metrics on http://{admin_listen}"
+    );
+
+    let (api_handle, admin_handle) = (api.handle(), admin.handle());
+    rt::spawn(async move {
+        stop.await;
+        log::info!(
+            "stopping: not ready, then no new connections, then waiting for requests in flight"
+        );
+        stopping.0.store(true, Ordering::Relaxed);
+        rt::time::sleep(settings.shutdown_delay).await;
+        api_handle.stop(true).await;
+        admin_handle.stop(false).await;
+    });
+    let (api, admin) = futures_util::join!(api, admin);
+    api.and(admin)?;
+    log::info!("stopped");
+    Ok(())
+}
+
+async fn check_schema(cluster: &Cluster) -> Result<()> {
+    let unknown = cluster.check_schema().await.map_err(|reason| {
+        let servers = cluster.report().servers;
+        let states = servers
+            .iter()
+            .map(|server| format!("{} {}", server.name, server.state));
+        // With several hosts, the reason alone does not tell which one failed.
+        let states = states.filter(|_| servers.len() > 1);
+        let lines: Vec<_> = iter::once(reason).chain(states).collect();
+        Error::msg(lines.join("; "))
+    })?;
+    if let Some(unknown) = unknown {
+        log::warn!(
+            "the database has migration {unknown}, which this release does not know; a newer release is being rolled out"
+        );
+    }
+    Ok(())
+}
+
+/// On each worker, an app with the worker's own database connections.
+fn serve_api(
+    listener: TcpListener,
+    settings: Data<Settings>,
+    cluster: Data<Cluster>,
+) -> Result<Server> {
+    let workers = settings.workers;
+    let max_connections = max_connections(&settings)?;
+    let shutdown_timeout = settings.shutdown_timeout.as_millis().div_ceil(1000);
+    let builder = Server::build();
+    let stop_signal = builder.graceful_shutdown_signal();
+    // Called once for each worker, on its thread.
+    let service = move || {
+        let database = cluster.for_worker();
+        let auth = settings.auth;
+        let app = App::new()
+            .app_data(settings.clone())
+            .configure(|config| api::configure(config, database, auth))
+            .wrap(Compress::default())
+            .wrap(from_fn(middleware))
+            .wrap(Logger::new("%r %s %b %Dms %{x-request-id}o"));
+        let stop_signal = stop_signal.clone();
+        let http = HttpService::build()
+            // At a stop, idle connections close at once.
+            .graceful_shutdown_signal(move || {
+                let signal = stop_signal.clone();
+                async move { signal.notified().await }
+            })
+            .client_request_timeout(READ_TIMEOUT)
+            .client_disconnect_timeout(Duration::from_secs(1))
+            .keep_alive(KeepAlive::Timeout(Duration::from_secs(75)))
+            .finish(map_config(app, |()| AppConfig::default()));
+        let any_origin = settings.cors_origins.is_empty();
+        let accept = move |socket: TcpStream| async move {
+            // It fails if the client has disconnected already, which the first read will show.
+            let _ = socket.set_nodelay(true);
+            let peer = socket.peer_addr().ok();
+            Ok((Connection::new(socket, any_origin), Protocol::Http1, peer))
+        };
+        fn_service(accept).and_then(http)
+    };
+    let server = builder
+        .workers(workers)
+        .max_concurrent_connections(max_connections)
+        .shutdown_timeout(u64::try_from(shutdown_timeout)?)
+        .disable_signals()
+        .listen("api", listener, service)
+        .map(ServerBuilder::run)?;
+    Ok(server)
+}
+
+fn serve_admin(
+    listener: TcpListener,
+    cluster: Data<Cluster>,
+    stopping: Data<Stopping>,
+) -> Result<actix_web::dev::Server> {
+    let app = move || {
+        App::new()
+            .app_data(cluster.clone())
+            .app_data(stopping.clone())
+            .configure(admin::configure)
+    };
+    let server = HttpServer::new(app).workers(1).disable_signals();
+    Ok(server.listen(listener)?.run())
+}
+
+/// Client connections per worker. Each takes a file, and so does each database connection, for which some files are kept.
+/// Further clients wait in the backlog of the listener.
+fn max_connections(settings: &Settings) -> Result<usize> {
+    /// More clients do not get faster answers.
+    const MAX: usize = 25_000;
+    let limit = getrlimit(Resource::Nofile);
+    // The soft limit is often 1024. A process may raise it to the hard limit.
+    let raised = Rlimit {
+        current: limit.maximum,
+        ..limit
+    };
+    let files = setrlimit(Resource::Nofile, raised)
+        .map_or(limit, |()| raised)
+        .current;
+    let files = usize::try_from(files.unwrap_or(u64::MAX).min(1 << 32))?;
+    let servers = settings.database.len() + settings.replicas.len();
+    let kept = (settings.pool_size + 5 * settings.workers) * servers + 100;
+    let clients = files.saturating_sub(kept) / settings.workers;
+    ensure!(
+        clients > 0,
+        "a limit of {files} open files is too low: the service needs {kept}, and one for each client"
+    );
+    Ok(clients.min(MAX))
+}
+
+/// The listener and its address. With port 0 the system chooses the port.
+fn bind(name: &str, address: SocketAddr) -> Result<(TcpListener, SocketAddr)> {
+    /// With the 128 of the standard library, some clients of a crowd retry only after a second.
+    const BACKLOG: u32 = 4096;
+    let bound = || {
+        let socket = match address {
+            SocketAddr::V4(_) => TcpSocket::new_v4()?,
+            SocketAddr::V6(_) => TcpSocket::new_v6()?,
+        };
+        socket.set_reuseaddr(true)?;
+        socket.bind(address)?;
+        let listener = socket.listen(BACKLOG)?.into_std()?;
+        let address = listener.local_addr()?;
+        Ok::<_, std::io::Error>((listener, address))
+    };
+    bound().with_context(|| format!("cannot listen on {name}={address}"))
+}
+
+/// Completes at the first SIGTERM or SIGINT.
+fn stop_signal() -> Result<impl Future<Output = ()>> {
+    let mut terminate = signal(SignalKind::terminate()).context("cannot wait for signals")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for signals")?;
+    Ok(async move {
+        tokio::select! {
+            _ = terminate.recv() => (),
+            _ = interrupt.recv() => (),
+        }
+    })
+}
