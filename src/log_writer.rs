@@ -1,5 +1,5 @@
-//! Writes the log to stderr from a thread of its own, many lines at once: a system call for each line would cost a request a
-//! fifteenth of its time.
+//! Writes the log to stderr from a thread of its own, many lines at once. A system call for each line would take a fifteenth
+//! of a request's time.
 
 use std::io::{self, Write};
 use std::mem;

@@ -1,4 +1,4 @@
-//! Settings from the environment. A bad one stops the start, by name.
+//! Settings from the environment. The service does not start if one is invalid. The error names it.
 //!
 //! One table, [`SETTINGS`], feeds parsing, `--help` and docs/configuration.md.
 

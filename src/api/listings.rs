@@ -227,9 +227,9 @@ pub async fn patch(
     update(&request, &database, writer, id, input).await
 }
 
-/// Changes the given fields if the version and the owner match. Both conditions are in the statement, so of two writers with
-/// the same `If-Match` only one wins, and a listing that gets another owner meanwhile is safe: if the statement waits for a
-/// row lock, PostgreSQL checks the conditions again on the new row.
+/// Changes the given fields if the version and the owner match. Both conditions are in the statement, so of two writers
+/// with the same `If-Match` only one succeeds. If the statement waits for a row lock, PostgreSQL checks the conditions again on
+/// the new row, so a concurrent change of owner is safe too.
 const UPDATE: &str = concat!(
     "update public.listing set \
      name = coalesce($1, name), \

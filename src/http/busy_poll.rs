@@ -1,8 +1,7 @@
 //! Busy-polls while a single request is in flight, to avoid wake-up latency.
 //!
 //! To wake a sleeping worker takes some 20 µs on a virtual machine, more than its work takes. So a worker with the only
-//! request in the service polls for PostgreSQL's answer for a moment instead of sleeping, and after its response for the next
-//! request. Measured with one client and two cores: a third to a half more requests a second. As soon as a second request is
+//! request in flight polls for PostgreSQL's answer. After the response, it polls for the next request. Measured with one client and two cores: a third to a half more requests a second. As soon as a second request is
 //! in flight the workers sleep as usual, because others can use the processor.
 
 use std::cell::Cell;
@@ -15,7 +14,8 @@ use std::time::{Duration, Instant};
 use actix_web::rt;
 use tokio::task;
 
-/// Two or three wake-ups. A longer time gains nothing. This is what a request may cost on top, twice.
+/// Two or three wake-ups. A longer time gains nothing. A request can cost this much extra twice: before and
+/// after its response.
 const POLL_TIME: Duration = Duration::from_micros(50);
 
 /// On a single core, another process can always use it.

@@ -44,7 +44,7 @@ impl ApiError {
         Self::new(StatusCode::UNPROCESSABLE_ENTITY, message)
     }
 
-    /// 401: the message says what to mend in the header, and never whether a key was once valid.
+    /// 401: the message says what to correct in the header, and never whether a key was once valid.
     pub fn unauthorized(message: &str) -> Self {
         Self::new(
             StatusCode::UNAUTHORIZED,

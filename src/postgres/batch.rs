@@ -57,7 +57,7 @@ impl<K, R> Batcher<K, R> {
         let result = match timeout(self.wait_timeout, &mut result).await {
             Ok(result) => result,
             Err(_) if key.take().is_some() => {
-                return Err(Error::unavailable("no place in a batch within the limit"));
+                return Err(Error::unavailable("no batch started within the limit"));
             }
             // Its batch is in flight, with limits of its own.
             Err(_) => result.await,
@@ -82,7 +82,7 @@ impl<K, R> Batcher<K, R> {
         Ok(result)
     }
 
-    /// Runs one batch after the other, for ever.
+    /// Runs one batch after the other. Never returns.
     pub async fn serve(&self, run: impl AsyncFn(Vec<(K, Reply<R>)>)) {
         loop {
             self.arrived.notified().await;

@@ -1,4 +1,4 @@
-//! PostgreSQL, behind a small door. This engine knows neither HTTP nor any table: `api/` hands it SQL.
+//! Access to PostgreSQL. This module knows neither HTTP nor any table: `api/` passes it the SQL.
 //!
 //! [`Cluster`] holds what the process has: the servers, the pools, the schema check. [`Database`] is what a worker uses.
 //!

@@ -1,4 +1,4 @@
-//! Queues the writers of one row, so that a row that somebody has locked keeps one connection waiting and not all of them.
+//! Queues the writers of one row. So a locked row occupies one connection of a worker, not all of them.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
