@@ -1,7 +1,8 @@
 //! Reads by key on one server, in batches.
 //!
-//! Each worker has one connection for each lookup, so that no lookup waits for another. At 32 clients on two
-//! cores, batches read 50 % more listings and 25 % more prices per second than one query per read. A second connection gives less, because batches get smaller. Batches over 64 gain nothing.
+//! Each worker has one connection for each lookup, so that no lookup waits for another. At 32 clients on two cores, batches read
+//! 50 % more listings and 25 % more prices per second than one query per read. A second connection gives less, because batches
+//! get smaller. Batches over 64 gain nothing.
 
 use std::cell::RefCell;
 use std::collections::HashMap;

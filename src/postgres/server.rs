@@ -1,7 +1,7 @@
 //! One PostgreSQL server: its last known state, waiting for it, connecting to it.
 //!
-//! A request for a server that went down a moment ago waits for it, so a quick restart costs time and no error. If the server stays down,
-//! requests fail at once, so a returning server gets no backlog.
+//! A request for a server that went down a moment ago waits for it, so a quick restart costs time and no error. If
+//! the server stays down, requests fail at once, so a returning server gets no backlog.
 
 use std::fmt::{self, Display};
 use std::mem::replace;
