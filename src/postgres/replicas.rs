@@ -38,8 +38,8 @@ impl<T> Sources<T> {
         Sources::new(&self.monitor, make(&self.primary), Vec::new())
     }
 
-    /// Reads from a replica whose lag is within the limit, or from the next one if that fails. Reads from the primary if no
-    /// replica answers, and if the answer is not fresh: a replica may lack what the client has already seen.
+    /// Reads from a replica whose lag is within the limit, or from the next one if that fails or its answer is not fresh: it may
+    /// lack what the client has already seen. Reads from the primary if no replica has a fresh answer.
     pub async fn read<R>(
         &self,
         read: impl AsyncFn(&T) -> Result<R, Error>,
@@ -56,7 +56,7 @@ impl<T> Sources<T> {
             }
             match read(replica).await {
                 Ok(answer) if is_fresh(&answer) => return Ok(answer),
-                Ok(_) => break,
+                Ok(_) => (),
                 // The next replica would need as long.
                 Err(error) if error.kind == ErrorKind::TimedOut => return Err(error),
                 // Also for an internal error: a replica cancels a read that blocks its replay.

@@ -96,10 +96,10 @@ impl Display for State {
     }
 }
 
-/// A server is identified by its address.
+/// A server is identified by its address and the rest of its URL: behind a pooler, two databases may share an address.
 impl PartialEq for Server {
     fn eq(&self, other: &Self) -> bool {
-        self.name == other.name
+        self.config == other.config
     }
 }
 
