@@ -47,7 +47,7 @@ pub async fn run(check_only: bool) -> Result<()> {
     let stop = stop_signal()?;
     let (api_listener, listen) = bind("LISTEN_ADDR", settings.listen)?;
     let (admin_listener, admin_listen) = bind("ADMIN_ADDR", settings.admin)?;
-    metrics::register();
+    metrics::register()?;
     let stopping = Data::new(Stopping::default());
     let api = serve_api(api_listener, settings.clone(), cluster.clone())?;
     let admin = serve_admin(admin_listener, cluster.clone(), stopping.clone())?;

@@ -56,11 +56,10 @@ impl<T> Sources<T> {
             }
             match read(replica).await {
                 Ok(answer) if is_fresh(&answer) => return Ok(answer),
-                Ok(_) => (),
                 // The next replica would need as long.
                 Err(error) if error.kind == ErrorKind::TimedOut => return Err(error),
-                // Also for an internal error: a replica cancels a read that blocks its replay.
-                Err(_) => (),
+                // Also after an internal error: a replica cancels a read that blocks its replay.
+                Ok(_) | Err(_) => (),
             }
         }
         read(&self.primary).await

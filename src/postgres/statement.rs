@@ -76,12 +76,13 @@ impl Pool {
         };
         let client = self.check_out(&server, connected_after).await?;
         drop(queued);
-        let in_flight = InFlight {
-            client: Some(client),
+        let mut in_flight = InFlight {
+            client: None,
             tls: &self.tls,
         };
+        let client = in_flight.client.insert(client);
         let mut sent = false;
-        let answer = in_flight.query(sql, parameters, &mut sent);
+        let answer = query(client, sql, parameters, &mut sent);
         let error = match self.within_answer_timeout(answer).await? {
             Ok(rows) => {
                 server.record_answer();
@@ -139,6 +140,18 @@ impl Pool {
     }
 }
 
+/// `sent` becomes true before the statement is sent. Preparing it does not count, and may wait for locks.
+async fn query(
+    client: &Object,
+    sql: &str,
+    parameters: Parameters<'_>,
+    sent: &mut bool,
+) -> Result<Vec<Row>, tokio_postgres::Error> {
+    let statement = client.prepare_cached(sql).await?;
+    *sent = true;
+    client.query(&statement, parameters).await
+}
+
 /// A pooled connection with a statement in flight.
 ///
 /// If it is dropped before the statement ended, because the client disconnected or the answer is late, the statement is
@@ -149,21 +162,6 @@ struct InFlight<'a> {
 }
 
 impl InFlight<'_> {
-    /// `sent` becomes true before the statement is sent. Preparing it does not count, and may wait for locks.
-    async fn query(
-        &self,
-        sql: &str,
-        parameters: Parameters<'_>,
-        sent: &mut bool,
-    ) -> Result<Vec<Row>, tokio_postgres::Error> {
-        let Some(client) = &self.client else {
-            return Ok(Vec::new());
-        };
-        let statement = client.prepare_cached(sql).await?;
-        *sent = true;
-        client.query(&statement, parameters).await
-    }
-
     /// Gives the connection back to the pool.
     fn finish(mut self) {
         self.client = None;
