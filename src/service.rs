@@ -190,7 +190,7 @@ fn max_connections(settings: &Settings) -> Result<usize> {
 
 /// The listener and its address. With port 0 the system chooses the port.
 fn bind(name: &str, address: SocketAddr) -> Result<(TcpListener, SocketAddr)> {
-    /// With the 128 of the standard library, some clients of a crowd retry only after a second.
+    /// With the 128 of the standard library, some of many new clients retry only after a second.
     const BACKLOG: u32 = 4096;
     let bound = || {
         let socket = match address {

@@ -29,7 +29,7 @@ const fn setting(name: &'static str, meaning: &'static str, default: &'static st
 
 #[rustfmt::skip]
 pub const SETTINGS: [Setting; 17] = [
-    setting("DATABASE_URL", "postgres://user:password@host:port/database, several hosts separated by commas", "required"),
+    setting("DATABASE_URL", "postgres://user:password@host:port/database; for several hosts host:port,host:port/database?target_session_attrs=read-write", "required"),
     setting("DATABASE_READ_URL", "read replicas, in the same form", "none"),
     setting("REPLICA_LAG_MS", "maximum lag of a replica that may answer reads", "5000"),
     setting("DATABASE_CA_FILE", "PEM file of the certificate authorities for TLS to the database", "authorities of the system"),
@@ -107,7 +107,7 @@ impl Display for AuthMode {
 impl Settings {
     pub fn from_env() -> Result<Self> {
         let listen = parsed("LISTEN_ADDR", "an address and a port")?;
-        // An instance is content with the 100 connections that PostgreSQL allows by default.
+        // An instance fits into the 100 connections that PostgreSQL allows by default.
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let workers = count("WORKERS", cores.min(8))?;
         Ok(Self {

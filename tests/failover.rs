@@ -351,3 +351,37 @@ async fn a_replica_that_lags_too_much_is_not_read() {
         "{lag}"
     );
 }
+
+#[tokio::test]
+async fn a_long_history_is_whole_while_the_primary_is_down_and_a_replica_lags() {
+    let primary = Cluster::migrated();
+    let replicas = [primary.standby(), primary.standby()];
+    let [current, lagging] = &replicas;
+    let url = through(&primary, &[current.address(), lagging.address()]);
+    let settings = [
+        ("DATABASE_READ_URL", &*url),
+        ("REPLICA_LAG_MS", "600000"),
+        ("WORKERS", "1"),
+    ];
+    let service = Service::start_at(&primary.url, &settings);
+    within(TWO_SECONDS, "replicas that have caught up", || {
+        let ready = service.admin("/health/ready");
+        ready.text().matches("is read-only\n").count() == 2
+    });
+    service.post(LOFT);
+    let _replaying = pause_after_the_first_listing(lagging).await;
+    // More than one page of a streamed history.
+    let prices = "do 'begin for n in 1..1500 loop update listing set price = n; end loop; end'";
+    run(&primary.superuser().await, prices).await;
+    let logged = "select count(*) from listing_price_log";
+    wait_for(&current.superuser().await, logged, "1501").await;
+    primary.call("stop");
+    // Each read begins at another replica.
+    let mut lengths: Vec<_> = (0..8)
+        .map(|_| service.get("/listings/1/prices").json())
+        .map(|prices| prices.as_array().map_or(0, Vec::len))
+        .collect();
+    lengths.sort_unstable();
+    lengths.dedup();
+    assert_eq!(lengths, [1, 1501]);
+}

@@ -166,7 +166,7 @@ const SELECT_BY_ID: &str = concat!(
 );
 
 /// The batched lookup of [`get`].
-pub struct ById(Lookup<i32>);
+pub struct ById(pub Lookup<i32>);
 
 impl ById {
     pub fn new(database: &Database) -> Self {

@@ -56,13 +56,12 @@ const SELECT_VERSION: &str = "select count(*), coalesce(max(id), 0) as last from
     where listing_id = $1 and id > $2 \
     and ($3::timestamptz is null or changed_at >= $3) and ($4::timestamptz is null or changed_at < $4)";
 
-const SELECT_LISTING: &str = "select from public.listing where id = $1";
-
 pub async fn list(
     request: HttpRequest,
     path: Path<String>,
     database: Data<Database>,
     by_listing: Data<ByListing>,
+    listings: Data<listings::ById>,
 ) -> Result<HttpResponse, ApiError> {
     let id = listings::parse_id(&path)?;
     let mut query = Query::parse(&request)?;
@@ -100,13 +99,8 @@ pub async fn list(
         let rows = database.read(SELECT_VERSION, values, is_fresh).await?;
         Version::selected(&rows)?
     };
-    // Every listing has a price, so this is rare.
-    if version.count == 0
-        && database
-            .read_on_primary(SELECT_LISTING, &[&id])
-            .await?
-            .is_empty()
-    {
+    // Every listing has a price, so there is no listing, or none of its prices was asked for.
+    if version.count == 0 && listings.0.get_on_primary(id).await?.is_empty() {
         return Err(listings::not_found(id));
     }
     let etag = version.etag();
@@ -127,6 +121,9 @@ pub async fn list(
     }
     let read = async move |row: Option<&Row>| {
         let after = row.map_or(Ok(after), |row| row.try_get("id"))?;
+        if after >= last {
+            return Ok(Vec::new());
+        }
         let values: Parameters = &[&id, &after, &from, &to, &last, &json_array::PAGE_SIZE];
         // A replica has a listing's prices in order. A page that is full or reaches the last price lacks none of them.
         let is_whole = |rows: &Vec<Row>| {

@@ -10,24 +10,25 @@ pub fn etag(version: &str) -> EntityTag {
 
 /// Whether the client already has this version (`If-None-Match`, weak comparison).
 pub fn is_known(request: &HttpRequest, etag: &EntityTag) -> bool {
-    match IfNoneMatch::parse(request) {
-        Ok(IfNoneMatch::Any) => true,
-        Ok(IfNoneMatch::Items(tags)) => tags.iter().any(|tag| tag.weak_eq(etag)),
-        Err(_) => false,
-    }
+    named_tags(request).is_none_or(|tags| tags.iter().any(|tag| tag.weak_eq(etag)))
 }
 
 /// Whether a replica may answer with this version. If the client names another version, or several, only the primary knows
 /// which is the newest.
 pub fn is_fresh(request: &HttpRequest, etag: &EntityTag) -> bool {
+    named_tags(request).is_none_or(|tags| match &tags[..] {
+        [] => true,
+        [tag] => tag.weak_eq(etag),
+        _ => false,
+    })
+}
+
+/// The tags of `If-None-Match`. `None` means any. A header that cannot be read has none.
+fn named_tags(request: &HttpRequest) -> Option<Vec<EntityTag>> {
     match IfNoneMatch::parse(request) {
-        Ok(IfNoneMatch::Any) => true,
-        Ok(IfNoneMatch::Items(tags)) => match &tags[..] {
-            [] => true,
-            [tag] => tag.weak_eq(etag),
-            _ => false,
-        },
-        Err(_) => false,
+        Ok(IfNoneMatch::Any) => None,
+        Ok(IfNoneMatch::Items(tags)) => Some(tags),
+        Err(_) => Some(Vec::new()),
     }
 }
 

@@ -216,4 +216,8 @@ impl<K: Key> Lookup<K> {
         let read = async |lookup: &Rc<ServerLookup<K>>| lookup.get(key.clone()).await;
         self.0.read(read, is_fresh).await
     }
+
+    pub async fn get_on_primary(&self, key: K) -> Result<Rows, Error> {
+        self.0.primary.get(key).await
+    }
 }

@@ -60,7 +60,7 @@ pub async fn probe(server: &Server, session: &mut Option<Client>) -> Result<Prob
         server.answered.store(false, Ordering::Relaxed);
         let answer = timeout(TIMEOUT, client.simple_query(QUERY)).await;
         let silent = |_| ProbeError {
-            // A probe may be late under a crowd of requests.
+            // A probe may be late under load.
             is_up: server.answered.load(Ordering::Relaxed),
             ..ProbeError::new("no answer within a second")
         };

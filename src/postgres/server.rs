@@ -20,17 +20,17 @@ use crate::settings::Settings;
 
 pub struct Server {
     /// `host:port`.
-    pub name: String,
-    pub config: Config,
-    pub tls: MakeRustlsConnect,
-    pub connect_timeout: Duration,
+    pub(super) name: String,
+    pub(super) config: Config,
+    pub(super) tls: MakeRustlsConnect,
+    pub(super) connect_timeout: Duration,
     /// How long requests wait for this server after it went down.
-    pub grace_period: Duration,
-    pub state: watch::Sender<State>,
+    pub(super) grace_period: Duration,
+    pub(super) state: watch::Sender<State>,
     /// Wakes the monitor: a request lost its connection.
-    pub suspected: Notify,
+    pub(super) suspected: Notify,
     /// Whether a request got an answer since the last probe was sent.
-    pub answered: AtomicBool,
+    pub(super) answered: AtomicBool,
 }
 
 #[derive(Clone)]
