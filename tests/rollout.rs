@@ -239,8 +239,9 @@ async fn requests_beyond_the_queue_get_503_at_once_and_the_service_recovers_at_o
         .iter()
         .filter(|response| response.status == 503 && response.text().contains("too many requests"))
         .collect();
-    // All but those in flight and the 50 in the queue. Fewer if some come so late that the queue has room again.
-    assert!((700..=748).contains(&refused.len()), "{}", refused.len());
+    // All but the 50 in the queue and those in flight, which are none until a connection is made. Fewer if some come so late
+    // that the queue has room again.
+    assert!((700..=750).contains(&refused.len()), "{}", refused.len());
     let says_when = |response: &&Response| response.header("retry-after") == Some("1");
     assert!(refused.iter().all(says_when));
     // Two seconds in each queue, five for the statement.
