@@ -102,9 +102,12 @@ transaction() {
         hot) echo '\set id 4711'; echo "select $columns from public.listing where id = :id" ;;
         unknown) echo '\set id random(500000001, 500500000)'; echo "select $columns from public.listing where id = :id" ;;
         common) echo '\set after random(1, 400000)'
-            echo "select $columns from public.listing where id > :after and city = :city order by id limit 101" ;;
+            echo "select $columns from public.listing where id > :after
+                and hashtextextended(city, 0) = hashtextextended(:city, 0) and city = :city order by id limit 101" ;;
         rare) echo '\set town random(1, 600)'
-            echo "select $columns from public.listing where id > 0 and city = 'Town ' || :town order by id limit 101" ;;
+            echo "select $columns from public.listing where id > 0
+                and hashtextextended(city, 0) = hashtextextended('Town ' || :town, 0) and city = 'Town ' || :town
+                order by id limit 101" ;;
         keep) echo '\set id random(400001, 500000)'; echo '\set price 100000 + :id'; echo "$update" ;;
         reprice) echo '\set id random(400001, 500000)'; echo '\set price random(1000000, 9000000)'; echo "$update" ;;
         create) echo '\set price random(1, 1000000)'

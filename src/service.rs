@@ -17,6 +17,7 @@ use anyhow::{Context, Error, Result, ensure};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::TcpSocket;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio_postgres::Row;
 
 use crate::admin::{self, Stopping};
 use crate::api;
@@ -36,13 +37,19 @@ pub async fn run(check_only: bool) -> Result<()> {
     let settings = Data::new(Settings::from_env()?);
     let cluster = Data::new(Cluster::start(&settings).await?);
     check_schema(&cluster).await?;
+    let problems = setup_problems(&cluster).await?;
     if check_only {
+        ensure!(problems.is_empty(), "{}", problems.join("\n"));
         for server in cluster.report().servers {
             println!("{server}");
         }
         let auth = settings.auth;
         println!("settings, database and schema are valid; {auth}");
         return Ok(());
+    }
+    // A right that was granted by mistake must not stop the service.
+    for problem in problems {
+        log::warn!("{problem}");
     }
     let stop = stop_signal()?;
     let (api_listener, listen) = bind("LISTEN_ADDR", settings.listen)?;
@@ -95,6 +102,19 @@ async fn check_schema(cluster: &Cluster) -> Result<()> {
         );
     }
     Ok(())
+}
+
+const SELECT_SETUP_PROBLEMS: &str = "select explanation, mend from public.listing_setup_problem";
+
+/// What keeps the database from logging every price, each with the statement that repairs it.
+async fn setup_problems(cluster: &Cluster) -> Result<Vec<String>> {
+    let rows = cluster.read(SELECT_SETUP_PROBLEMS).await?;
+    let problem = |row: &Row| {
+        let (explanation, mend) = (row.try_get("explanation")?, row.try_get("mend")?);
+        let (explanation, mend): (&str, &str) = (explanation, mend);
+        Ok(format!("{explanation} Run: {mend}"))
+    };
+    rows.iter().map(problem).collect()
 }
 
 /// On each worker, an app with the worker's own database connections.

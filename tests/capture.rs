@@ -87,7 +87,7 @@ async fn an_update_of_the_price_among_other_columns_is_logged_once() {
 
 #[tokio::test]
 async fn a_price_changed_by_another_trigger_is_logged_as_stored() {
-    let sql = "create function round_up() returns trigger language plpgsql \
+    let sql = "create function round_up() returns trigger language plpgsql set search_path = pg_catalog \
                as $$ begin new.price = ceil(new.price / 1000) * 1000; return new; end $$; \
                create trigger rounded before update on listing for each row execute function round_up(); \
                update listing set name = 'Flat' where id = 1";
@@ -165,16 +165,145 @@ async fn a_listing_inserted_again_under_its_id_starts_a_new_history() {
 }
 
 #[tokio::test]
-async fn a_change_is_attributed_to_the_role_that_logged_in() {
+async fn a_deletion_is_logged_with_the_last_price_and_an_id_after_it() {
     let db = Database::migrated().await;
-    let client = db.login("importer", "in role listing_api").await;
+    run(&db.superuser, &insert_listing(1, "1")).await;
+    run(&db.superuser, &insert_listing(2, "2")).await;
+    let sql = "update listing set price = 7 where id = 1; begin; delete from listing where id = 1; \
+        set local listing.actor = 'ana'; delete from listing where id = 2; \
+        create table deleting as select pg_current_xact_id() as xact_id, now() as begun; commit";
+    run(&db.superuser, sql).await;
+    let deletions = "select listing_id, id, last_price, deleted_by, login_role, deletion.xact_id = deleting.xact_id, \
+        deleted_at between begun and clock_timestamp() from listing_deletion as deletion, deleting order by id";
+    assert_eq!(
+        rows(&db.superuser, deletions).await,
+        ["1|4|7.00|postgres|null|t|t", "2|5|2.00|ana|postgres|t|t"]
+    );
+}
+
+#[tokio::test]
+async fn a_rolled_back_delete_leaves_no_deletion_and_the_history() {
+    let sql = "begin; delete from listing; rollback; \
+        begin; savepoint s; delete from listing where id = 1; rollback to s; commit";
+    let db = Database::migrated().await;
+    run(&db.superuser, &insert_listing(1, "1")).await;
+    run(&db.superuser, sql).await;
+    let deletions = rows(&db.superuser, "table listing_deletion").await;
+    assert_eq!(deletions, [""; 0]);
+    assert_eq!(rows(&db.superuser, HISTORY).await, ["1|null|1.00"]);
+}
+
+#[tokio::test]
+async fn each_deletion_of_a_listing_that_is_inserted_again_is_logged() {
+    let db = Database::migrated().await;
+    let insert = insert_listing(1, "1");
+    let sql = format!("{insert}; delete from listing; {insert}; delete from listing; {insert}");
+    run(&db.superuser, &sql).await;
+    let log = "select listing_id, id, 'deletion' from listing_deletion \
+        union all select listing_id, id, 'price' from listing_price_log order by id";
+    assert_eq!(
+        rows(&db.superuser, log).await,
+        ["1|2|deletion", "1|4|deletion", "1|5|price"]
+    );
+}
+
+#[tokio::test]
+async fn the_role_that_logged_in_is_logged_beside_another_name() {
+    let db = Database::migrated().await;
+    run(&db.superuser, &insert_listing(1, "1")).await;
+    let importer = db.login("importer", "in role listing_api").await;
+    let name = format!("{}_importer", db.name);
     run(
-        &client,
-        &format!("set role listing_api; {}", insert_listing(1, "1")),
+        &db.superuser,
+        "create function raise_price() returns void language sql security definer \
+            begin atomic update public.listing set price = price + 1; end; \
+        create function raise_price_as_the_owner() returns void language sql security definer set listing.actor = 'owner' \
+            begin atomic update public.listing set price = price + 1; end",
     )
     .await;
-    let changed_by = value(&client, "select changed_by from listing_price_log").await;
-    assert_eq!(changed_by, format!("{}_importer", db.name));
+    let update = "update listing set price = price + 1";
+    let authorized = format!("set session authorization {name}; {update}");
+    let own_name = format!("set listing.actor = '{name}'; {update}");
+    let own = format!("{name}|null");
+    for (client, sql, expected) in [
+        (&importer, update, own.clone()),
+        (&importer, &own_name, own.clone()),
+        (
+            &importer,
+            "set role listing_api; update listing set price = price + 1",
+            own.clone(),
+        ),
+        (&importer, "select raise_price()", own.clone()),
+        (
+            &importer,
+            "select raise_price_as_the_owner()",
+            format!("owner|{name}"),
+        ),
+        (
+            &importer,
+            "set role listing_api; set listing.actor = 'listing_api'; update listing set price = price + 1",
+            format!("listing_api|{name}"),
+        ),
+        (
+            &importer,
+            "set listing.actor = 'postgres'; update listing set price = price + 1",
+            format!("postgres|{name}"),
+        ),
+        // Only a superuser can log in as another role without its password.
+        (&db.superuser, &authorized, own),
+    ] {
+        run(client, sql).await;
+        run(
+            client,
+            "reset session authorization; reset role; reset listing.actor",
+        )
+        .await;
+        let who = "select changed_by, login_role from listing_price_log order by id desc limit 1";
+        assert_eq!(value(&db.superuser, who).await, expected, "{sql}");
+    }
+    let count = value(&db.superuser, "select count(*) from listing_price_log").await;
+    assert_eq!(count, "9");
+}
+
+#[tokio::test]
+async fn an_actor_is_cleaned_and_costs_no_price() {
+    let db = Database::migrated().await;
+    run(&db.superuser, &insert_listing(1, "0")).await;
+    let long = "x".repeat(200);
+    let accents = "é".repeat(200);
+    // The text of an E string, or an expression, and what is stored.
+    for (actor, expected) in [
+        ("E'Société d’agences'", "Société d’agences"),
+        ("'  ana  '", "ana"),
+        ("E'ana\\r\\n\\tadmin:1'", "ana admin:1"),
+        ("E'\\u001b[2Jana\\u007f'", "[2Jana"),
+        ("E'a\\u0085b\\u009b2Jc'", "a b 2Jc"),
+        ("E'a\\u2028b\\u2029c'", "a b c"),
+        (
+            "E'a\\u202eb\\u2066c\\u2069d\\u200ee\\u200ff\\u061cg'",
+            "a b c d e f g",
+        ),
+        ("repeat('x', 10000)", &long),
+        ("repeat('é', 10000)", &accents),
+        ("repeat('x', 300000000)", &long),
+        ("E'\\n\\u0007\\u2028\\u202e '", "postgres"),
+        ("repeat(E'\\n', 10000)", "postgres"),
+        ("repeat(' ', 10000)", "postgres"),
+    ] {
+        // A setting of earlier services that changes how PostgreSQL reads the strings of functions.
+        for strings in ["on", "off"] {
+            let sql = format!(
+                "set standard_conforming_strings = {strings}; set client_min_messages = error; \
+                select set_config('listing.actor', {actor}, false) is null; update listing set price = price + 1"
+            );
+            run(&db.connect().await, &sql).await;
+            let who = "select changed_by, coalesce(login_role, changed_by) from listing_price_log order by id desc limit 1";
+            let expected = format!("{expected}|postgres");
+            assert_eq!(value(&db.superuser, who).await, expected, "{actor}");
+        }
+    }
+    let count = value(&db.superuser, "select count(*) from listing_price_log").await;
+    assert_eq!(count, "27");
 }
 
 #[tokio::test]
@@ -197,4 +326,54 @@ async fn a_change_is_attributed_to_the_actor_if_one_is_set() {
         .await,
         ["import-2026-11", "ana", "import-2026-11", &user, &user]
     );
+}
+
+#[tokio::test]
+async fn a_change_that_sets_no_updated_date_is_dated() {
+    let db = Database::migrated().await;
+    run(&db.superuser, &insert_listing(1, "1")).await;
+    // Types that cannot be compared, and a column that has no value yet when the trigger fires.
+    run(
+        &db.superuser,
+        "alter table listing add extra json not null default '{}', \
+        add search tsvector generated always as (to_tsvector('english', description)) stored",
+    )
+    .await;
+    // As a restore does it.
+    let definition = "select pg_get_triggerdef(oid) from pg_trigger where tgname = 'listing_updated_date_set_on_update'";
+    let definition = value(&db.superuser, definition).await;
+    let recreate =
+        format!("drop trigger listing_updated_date_set_on_update on listing; {definition}");
+    run(&db.superuser, &recreate).await;
+    let columns = "name, description, building_type, street_address, postal_code, city, country, surface_area_m2, rooms_count, \
+        bedrooms_count, price, contact_phone_number, created_date, owner";
+    let covered = "select string_agg(attname, ', ' order by attnum) from pg_attribute where attrelid = 'listing'::regclass \
+        and attnum > 0 and attname not in ('id', 'updated_date', 'extra', 'search')";
+    assert_eq!(value(&db.superuser, covered).await, columns);
+    for column in columns.split(", ") {
+        let changed = match column {
+            "building_type" => "'HOUSE'",
+            "surface_area_m2" | "rooms_count" | "bedrooms_count" | "price" => "9",
+            "created_date" => "'2020-01-01Z'",
+            _ => "'x'",
+        };
+        for (assignments, expected) in [
+            (format!("{column} = {column}"), "unchanged"),
+            (format!("{column} = {changed}"), "now"),
+            (
+                "price = price + 1, updated_date = '2020-01-02Z'".to_owned(),
+                "as set",
+            ),
+        ] {
+            run(
+                &db.superuser,
+                "update listing set updated_date = '2020-01-01Z'",
+            )
+            .await;
+            run(&db.superuser, &format!("update listing set {assignments}")).await;
+            let date = "select case updated_date when '2020-01-01Z' then 'unchanged' when '2020-01-02Z' then 'as set' \
+                else case when updated_date > now() - interval '1 hour' then 'now' end end from listing";
+            assert_eq!(value(&db.superuser, date).await, expected, "{assignments}");
+        }
+    }
 }

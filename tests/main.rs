@@ -1,5 +1,6 @@
 //! All tests, in one program. They run in parallel, each on a database of its own, cloned from one template.
 
+mod adoption;
 mod architecture;
 mod capture;
 mod chaos;
@@ -11,11 +12,14 @@ mod guard;
 mod input;
 mod keys;
 mod load;
+mod maintenance;
 mod migrations;
 mod outage;
 mod owners;
+mod planted;
 mod problems;
 mod restore;
+mod roles;
 mod rollout;
 mod start;
 mod support;

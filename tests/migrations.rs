@@ -1,94 +1,15 @@
-//! The migrations, run by the refinery CLI on empty databases and on databases of the earlier services.
+//! The migrations, run by the refinery CLI.
 
 use std::fs;
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::time::{Duration, Instant, SystemTime};
 
-use tempfile::TempDir;
 use tokio_postgres::Client;
-use tokio_postgres::types::Type;
 
 use crate::support::{
-    Cluster, Database, HISTORY, OTHER_COLUMNS, OTHER_VALUES, apply, assert_no_problem, connect,
-    in_checkout, insert_listing, printed, program, refinery, rows, run, succeed, value,
+    Cluster, Database, HISTORY, OTHER_COLUMNS, OTHER_VALUES, apply, assert_no_problem, catalogue,
+    connect, in_checkout, insert_listing, migrate, migration_names, migrations, printed, refinery,
+    rows, run, value, version,
 };
-
-/// The table as the earlier services created it.
-const INHERITED_TABLE: &str = "create table listing ( \
-    id serial not null, name varchar not null, description varchar not null, building_type varchar not null, \
-    street_address varchar not null, postal_code varchar not null, city varchar not null, country varchar not null, \
-    surface_area_m2 double precision not null, rooms_count integer not null, bedrooms_count integer not null, \
-    price double precision not null, contact_phone_number varchar, \
-    created_date timestamp without time zone, updated_date timestamp without time zone, primary key (id))";
-
-/// The statement with which the earlier services insert a listing.
-const INHERITED_INSERT: &str = "insert into listing (name, description, building_type, street_address, postal_code, \
-    city, country, surface_area_m2, rooms_count, bedrooms_count, price, contact_phone_number, created_date, updated_date) \
-    values ('Old', '', 'HOUSE', '', '', '', 'France', 12.5, 1, 0, $1, null, $2, $2) returning id";
-
-/// A database of the earlier services with 299 listings. Its time zone is not UTC.
-async fn inherited() -> Database {
-    let db = Database::empty().await;
-    let sql = format!(
-        "alter database {} set timezone = 'Europe/Paris'; {INHERITED_TABLE}",
-        db.name
-    );
-    run(&db.superuser, &sql).await;
-    let fill = "insert into listing (name, description, building_type, street_address, postal_code, city, country, \
-            surface_area_m2, rooms_count, bedrooms_count, price, contact_phone_number, created_date, updated_date) \
-        select 'Listing ' || n, case when n % 3 = 0 then '' else 'Nice' end, (array['STUDIO', 'APARTMENT', 'HOUSE'])[1 + n % 3], \
-            '', '', 'Paris', 'France', n * 1.1, 0, 0, \
-            case n % 4 when 0 then 0.1::float + 0.2::float when 1 then 1e5 + n / 3.0::float when 2 then 9999999999.99 else n end, \
-            case when n % 5 = 0 then '' end, \
-            case when n % 7 <> 0 then timestamp '2020-03-29 02:30:00.123456' + n * interval '1 hour' end, \
-            case when n % 11 <> 0 then timestamp '2021-03-28 02:30:00.654321' + n * interval '1 hour' end \
-        from generate_series(1, 300) as n; delete from listing where id = 100";
-    run(&db.superuser, fill).await;
-    db
-}
-
-fn migrate(db: &Database) -> String {
-    apply(&db.url(), &in_checkout("sql"))
-}
-
-/// A copy of the migrations that a test may change.
-fn migrations() -> TempDir {
-    let folder = TempDir::new().expect("a folder");
-    for name in migration_names() {
-        let copy = folder.path().join(&name);
-        fs::copy(in_checkout("sql").join(name), copy).expect("copy a file");
-    }
-    folder
-}
-
-/// The file names of the migrations, by version.
-fn migration_names() -> Vec<String> {
-    let folder = fs::read_dir(in_checkout("sql")).expect("read sql/");
-    let name = |entry: std::io::Result<fs::DirEntry>| {
-        let name = entry.expect("a folder entry").file_name();
-        name.into_string().expect("a name in UTF-8")
-    };
-    let mut names: Vec<_> = folder.map(name).collect();
-    names.sort_by_key(|name| version(name));
-    names
-}
-
-fn version(name: &str) -> Option<u32> {
-    name.strip_prefix('V')?.split_once("__")?.0.parse().ok()
-}
-
-/// The schema of a database as SQL.
-fn catalogue(db: &Database) -> String {
-    let mut pg_dump = program("pg_dump");
-    pg_dump.args(["--schema-only", &format!("--dbname={}", db.url())]);
-    // These lines contain a key that is different in each dump.
-    let restrict =
-        |line: &&str| !line.starts_with("\\restrict") && !line.starts_with("\\unrestrict");
-    let dump = succeed(pg_dump, "");
-    dump.lines().filter(restrict).collect::<Vec<_>>().join("\n")
-}
 
 /// Asserts that no migration has left anything in a database.
 async fn assert_empty(client: &Client) {
@@ -150,7 +71,7 @@ async fn a_changed_file_stops_the_cli() {
     assert_stopped(
         &db,
         folder.path(),
-        "applied migration V2__harden_listing is different than filesystem one",
+        "applied migration V2__log_listing_prices is different than filesystem one",
     )
     .await;
 }
@@ -168,7 +89,7 @@ async fn a_missing_file_stops_the_cli() {
     assert_stopped(
         &db,
         folder.path(),
-        "migration V3__log_listing_prices is missing",
+        "migration V3__query_price_history is missing",
     )
     .await;
 }
@@ -211,22 +132,6 @@ async fn the_first_migration_is_all_or_nothing() {
 }
 
 #[tokio::test]
-async fn a_migration_of_a_locked_table_fails_instead_of_blocking_others() {
-    let db = inherited().await;
-    let reader = db.connect().await;
-    run(&reader, "begin; select from listing").await;
-    let output = db.migrate(&in_checkout("sql"));
-    assert!(!output.status.success());
-    assert!(
-        printed(&output).contains("lock timeout"),
-        "{}",
-        printed(&output)
-    );
-    run(&reader, "commit").await;
-    migrate(&db);
-}
-
-#[tokio::test]
 async fn the_last_migration_applies_to_tables_with_data() {
     let db = Database::empty().await;
     let folder = migrations();
@@ -246,60 +151,6 @@ async fn the_last_migration_applies_to_tables_with_data() {
     assert_eq!(catalogue(&db), catalogue(&Database::migrated().await));
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_backfill_misses_no_concurrent_write() {
-    let db = inherited().await;
-    let folder = migrations();
-    for name in migration_names().iter().skip(2) {
-        fs::remove_file(folder.path().join(name)).expect("change a file");
-    }
-    apply(&db.url(), folder.path());
-    let written = Arc::new(AtomicUsize::new(0));
-    let stop = Arc::new(AtomicBool::new(false));
-    let mut writers = Vec::new();
-    for writer in 0..4 {
-        let (client, written, stop) = (db.connect().await, written.clone(), stop.clone());
-        writers.push(tokio::spawn(async move {
-            while !stop.load(Ordering::Relaxed) {
-                let number = written.fetch_add(1, Ordering::Relaxed);
-                let id = 1 + (number * 7 + writer) % 90;
-                let sql = format!("update listing set price = {number} where id = {id}");
-                run(&client, &sql).await;
-            }
-        }));
-    }
-    wait_for_more(&written).await;
-
-    migrate(&db);
-
-    let before = value(
-        &db.superuser,
-        "select count(*) from listing_price_log where old_price is not null",
-    )
-    .await;
-    wait_for_more(&written).await;
-    stop.store(true, Ordering::Relaxed);
-    for writer in writers {
-        writer.await.expect("a writer without a failure");
-    }
-    let more = format!(
-        "select count(*) filter (where old_price is null), count(*) filter (where old_price is not null) > {before} \
-         from listing_price_log"
-    );
-    assert_eq!(rows(&db.superuser, &more).await, ["299|t"]);
-    assert_no_problem(&db.superuser).await;
-}
-
-/// Waits for 200 more writes.
-async fn wait_for_more(written: &AtomicUsize) {
-    let enough = written.load(Ordering::Relaxed) + 200;
-    let begun = Instant::now();
-    while written.load(Ordering::Relaxed) < enough {
-        assert!(begun.elapsed() < Duration::from_secs(30), "no more writes");
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
-}
-
 #[tokio::test]
 async fn every_object_has_a_comment() {
     let db = Database::migrated().await;
@@ -308,7 +159,8 @@ async fn every_object_has_a_comment() {
         union all select proname from pg_proc where pronamespace = 'public'::regnamespace \
             and obj_description(oid, 'pg_proc') is null \
         union all select tgname from pg_trigger where not tgisinternal and obj_description(oid, 'pg_trigger') is null \
-        union all select attname from pg_attribute where attrelid in ('listing_price_log'::regclass, 'api_key'::regclass) \
+        union all select attname from pg_attribute where attrelid in ('listing_price_log'::regclass, 'api_key'::regclass, \
+                'listing_deletion'::regclass, 'listing_price_log_maintenance'::regclass) \
             and attnum > 0 \
             and col_description(attrelid, attnum) is null";
     assert_eq!(rows(&db.superuser, silent).await, [""; 0]);
@@ -342,129 +194,6 @@ async fn a_migration_keeps_an_index_that_was_built_concurrently() {
     .expect("change a file");
     apply(&db.url(), folder.path());
     assert_eq!(rows(&db.superuser, index).await, built);
-}
-
-#[tokio::test]
-async fn an_inherited_database_migrates_without_loss() {
-    let db = inherited().await;
-    let kept = "id, name, description, building_type, street_address, postal_code, city, country, surface_area_m2, \
-        rooms_count, bedrooms_count, contact_phone_number";
-    let kept = format!("select {kept} from listing order by id");
-    let before = rows(&db.superuser, &kept).await;
-    run(&db.superuser, "create table old as select * from listing").await;
-
-    migrate(&db);
-
-    let now = db.connect().await;
-    assert_eq!(rows(&now, &kept).await, before);
-    assert_eq!(before.len(), 299);
-    let prices = "select price from listing where id in (1, 2, 3, 4) order by id";
-    assert_eq!(
-        rows(&now, prices).await,
-        ["100000.33", "9999999999.99", "3.00", "0.30"]
-    );
-    let wrong_prices = "select count(*) from listing join old using (id) where abs(listing.price - old.price::numeric) > 0.005";
-    assert_eq!(value(&now, wrong_prices).await, "0");
-    // The dates without a time zone were read as UTC. A missing date became the other date, or the time of the migration.
-    let wrong_dates = "select count(*) from listing join old using (id) where \
-        listing.created_date is distinct from \
-            coalesce(old.created_date at time zone 'UTC', old.updated_date at time zone 'UTC', listing.created_date) \
-        or listing.updated_date is distinct from \
-            coalesce(old.updated_date at time zone 'UTC', old.created_date at time zone 'UTC', listing.updated_date) \
-        or greatest(listing.created_date, listing.updated_date) > now()";
-    assert_eq!(value(&now, wrong_dates).await, "0");
-    let log = "select count(*), count(distinct listing_id), count(*) filter (where old_price is null), \
-            min(changed_by), max(changed_by) from listing_price_log";
-    assert_eq!(rows(&now, log).await, ["299|299|299|backfill|backfill"]);
-    let dates = "select count(*) from listing join listing_price_log as log on log.listing_id = listing.id \
-        where log.changed_at = listing.updated_date and log.new_price = listing.price";
-    assert_eq!(value(&now, dates).await, "299");
-    assert_no_problem(&now).await;
-    // Every inherited row passes the checks at its next update.
-    run(
-        &now,
-        "update listing set name = name || '!', price = price / 2",
-    )
-    .await;
-    assert_no_problem(&now).await;
-}
-
-#[tokio::test]
-async fn a_date_in_the_future_does_not_put_the_history_out_of_order() {
-    let db = inherited().await;
-    run(
-        &db.superuser,
-        "update listing set updated_date = '2999-01-01' where id = 1",
-    )
-    .await;
-    migrate(&db);
-    let late = "select count(*) from listing_price_log where changed_at > clock_timestamp()";
-    assert_eq!(value(&db.superuser, late).await, "0");
-}
-
-#[tokio::test]
-async fn an_older_client_keeps_working_and_its_prices_are_logged() {
-    let db = inherited().await;
-    // This session stays open during the migration, like a service that is not stopped. Its time zone is that of the server.
-    let old_client = db.connect().await;
-    run(&old_client, "set timezone = 'UTC'").await;
-    migrate(&db);
-    for client in [old_client, db.connect().await] {
-        let types = [Type::FLOAT8, Type::TIMESTAMP];
-        let insert = client
-            .prepare_typed(INHERITED_INSERT, &types)
-            .await
-            .expect("prepare");
-        let noon = SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000);
-        let row = client
-            .query_one(&insert, &[&(0.1 + 0.2), &noon])
-            .await
-            .expect("a row");
-        let id: i32 = row.get("id");
-        let update = "update listing set price = $1, updated_date = $2 where id = $3";
-        let types = [Type::FLOAT8, Type::TIMESTAMP, Type::INT4];
-        let update = client.prepare_typed(update, &types).await.expect("prepare");
-        client
-            .execute(&update, &[&19.99, &noon, &id])
-            .await
-            .expect("update");
-        let text =
-            format!("update listing set created_date = '2023-11-14 22:13:20' where id = {id}");
-        run(&client, &text).await;
-
-        let dates = format!(
-            "select extract(epoch from created_date)::bigint, extract(epoch from updated_date)::bigint from listing where id = {id}"
-        );
-        assert_eq!(rows(&db.superuser, &dates).await, ["1700000000|1700000000"]);
-        let log = format!(
-            "select old_price, new_price from listing_price_log where listing_id = {id} order by id"
-        );
-        assert_eq!(rows(&db.superuser, &log).await, ["null|0.30", "0.30|19.99"]);
-    }
-    assert_no_problem(&db.superuser).await;
-}
-
-#[tokio::test]
-async fn an_inherited_row_that_breaks_a_rule_stops_the_migration_with_the_name_of_the_rule() {
-    let db = inherited().await;
-    run(&db.superuser, "update listing set price = -1 where id = 7").await;
-    let output = db.migrate(&in_checkout("sql"));
-    assert!(!output.status.success());
-    assert!(
-        printed(&output).contains("listing_price_is_not_negative"),
-        "{}",
-        printed(&output)
-    );
-    let column = "select data_type from information_schema.columns where table_name = 'listing' and column_name = 'price'";
-    assert_eq!(value(&db.superuser, column).await, "double precision");
-}
-
-#[tokio::test]
-async fn new_and_inherited_databases_end_with_the_same_schema() {
-    let fresh = Database::migrated().await;
-    let inherited = inherited().await;
-    migrate(&inherited);
-    assert_eq!(catalogue(&fresh), catalogue(&inherited));
 }
 
 #[tokio::test]
@@ -530,9 +259,209 @@ async fn a_role_that_may_not_create_roles_is_told_what_to_run() {
     .await;
     run(&builder, "update listing set price = 2").await;
     assert_no_problem(&builder).await;
-    assert_eq!(
-        value(&builder, "select listing_price_log_prune(now())").await,
-        "1"
-    );
+    let import = "select import_price_history('given', 'id', 'price', 'day')";
+    run(
+        &builder,
+        "create table given as select 1 as id, 5 as price, date '2020-01-01' as day",
+    )
+    .await;
+    assert_eq!(value(&builder, import).await, "(imported,1)");
+    let prune = "select prune_price_history(now())";
+    assert_eq!(value(&builder, prune).await, "2");
+    assert_no_problem(&builder).await;
     assert_eq!(value(&builder, "show timezone").await, "UTC");
+}
+
+#[tokio::test]
+async fn a_schema_in_which_other_roles_may_create_stops_the_cli_with_the_statement_to_run() {
+    let db = Database::empty().await;
+    let _stranger = db.login("stranger", "").await;
+    let stranger = format!("{}_stranger", db.name);
+    for (grantees, hint) in [
+        // As in every database that was created before PostgreSQL 15.
+        (
+            "public",
+            "revoke create on schema public from public;".to_owned(),
+        ),
+        (
+            &stranger,
+            format!("revoke create on schema public from {stranger};"),
+        ),
+        (
+            &format!("{stranger}, public"),
+            format!(
+                "revoke create on schema public from public; revoke create on schema public from {stranger};"
+            ),
+        ),
+    ] {
+        run(
+            &db.superuser,
+            &format!("grant create on schema public to {grantees}"),
+        )
+        .await;
+        let output = db.migrate(&in_checkout("sql"));
+        assert!(!output.status.success());
+        let refused = printed(&output);
+        assert!(
+            refused.contains("other roles may create objects in the schema public"),
+            "{refused}"
+        );
+        let advice = "Let a superuser or the owner of the schema run this, then migrate again: ";
+        assert!(refused.contains(&format!("{advice}{hint}\n")), "{refused}");
+        assert_empty(&db.superuser).await;
+        run(&db.superuser, &hint).await;
+    }
+    // These can change the schema anyway.
+    run(
+        &db.superuser,
+        &format!(
+            "create role {0}_root superuser; create role {0}_owner; alter database {0} owner to {0}_owner; \
+             grant create on schema public to {0}_root, {0}_owner",
+            db.name
+        ),
+    )
+    .await;
+    migrate(&db);
+    run(
+        &db.superuser,
+        &format!(
+            "alter database {0} owner to postgres; drop owned by {0}_owner, {0}_root",
+            db.name
+        ),
+    )
+    .await;
+    run(
+        &db.superuser,
+        &format!("drop role {0}_root, {0}_owner", db.name),
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn a_migration_calls_no_function_that_a_stranger_left_in_public() {
+    let db = Database::empty().await;
+    let stranger = db.login("stranger", "").await;
+    let name = format!("{}_stranger", db.name);
+    run(&db.superuser, "grant create on schema public to public").await;
+    // Each fits the arguments of a call in the migrations better than the function of PostgreSQL.
+    for signature in [
+        "format(text, name, text)",
+        "format(text, text, text)",
+        "format(text, name)",
+        "format(text, text)",
+    ] {
+        let sql = format!(
+            "create function public.{signature} returns text language plpgsql \
+             as $$ begin alter role {name} superuser; return null; end $$"
+        );
+        run(&stranger, &sql).await;
+    }
+    run(&db.superuser, "revoke create on schema public from public").await;
+    migrate(&db);
+    let is_superuser = format!("select rolsuper from pg_roles where rolname = '{name}'");
+    assert_eq!(value(&db.superuser, &is_superuser).await, "f");
+}
+
+#[tokio::test]
+async fn a_history_of_the_cli_that_a_stranger_made_stops_it_before_an_insert_runs_a_trigger() {
+    let db = Database::empty().await;
+    let stranger = db.login("stranger", "").await;
+    let name = format!("{}_stranger", db.name);
+    let create = format!("grant create on schema public to {name}");
+    run(&db.superuser, &create).await;
+    let plant = format!(
+        "create table public.refinery_schema_history \
+            (version int4 primary key, name varchar(255), applied_on varchar(255), checksum varchar(255)); \
+         create function public.plant() returns trigger language plpgsql \
+            as $$ begin alter role {name} superuser; return new; end $$; \
+         create trigger plant before insert on public.refinery_schema_history for each row execute function plant(); \
+         grant all on public.refinery_schema_history to public"
+    );
+    run(&stranger, &plant).await;
+    let revoke = format!("revoke create on schema public from {name}");
+    run(&db.superuser, &revoke).await;
+
+    let output = db.migrate(&in_checkout("sql"));
+
+    assert!(!output.status.success());
+    let refused = printed(&output);
+    let reason = format!("the table refinery_schema_history belongs to {name}\n");
+    assert!(refused.contains(&reason), "{refused}");
+    let hint = "drop table public.refinery_schema_history;";
+    assert!(refused.contains(hint), "{refused}");
+    run(&db.superuser, hint).await;
+    migrate(&db);
+    let is_superuser = format!("select rolsuper from pg_roles where rolname = '{name}'");
+    assert_eq!(value(&db.superuser, &is_superuser).await, "f");
+}
+
+#[tokio::test]
+async fn a_history_of_the_cli_outside_public_stops_it_with_the_statement_to_run() {
+    let db = Database::empty().await;
+    run(&db.superuser, "create schema postgres").await;
+    let output = db.migrate(&in_checkout("sql"));
+    assert!(!output.status.success());
+    let refused = printed(&output);
+    assert!(
+        refused.contains("refinery did not create its table in the schema public"),
+        "{refused}"
+    );
+    let hint = format!(
+        "alter role postgres in database {} set search_path = public;",
+        db.name
+    );
+    assert!(
+        refused.contains(&format!("Run this, then migrate again: {hint}\n")),
+        "{refused}"
+    );
+    run(&db.superuser, &hint).await;
+    migrate(&db);
+}
+
+#[tokio::test]
+async fn a_server_that_is_too_old_is_named_before_anything_else() {
+    let db = Database::empty().await;
+    run(&db.superuser, "grant create on schema public to public").await;
+    let folder = migrations();
+    let first = folder.path().join(&migration_names()[0]);
+    let sql = fs::read_to_string(&first).expect("a migration");
+    // The newest server is too old for this file.
+    fs::write(&first, sql.replace("< 150000", "< 990000")).expect("change a file");
+    let output = db.migrate(folder.path());
+    assert!(!output.status.success());
+    let version = value(&db.superuser, "show server_version").await;
+    let reason = format!("ERROR: PostgreSQL 15 or later is required, this server is {version}\n");
+    assert!(printed(&output).contains(&reason), "{}", printed(&output));
+}
+
+/// PostgreSQL parses a whole file before it runs the first statement, so an older server must be able to parse the first one.
+#[test]
+fn the_first_migration_uses_no_grammar_that_is_newer_than_postgresql_13() {
+    let sql =
+        fs::read_to_string(in_checkout("sql").join(&migration_names()[0])).expect("read a file");
+    let comment = |line: &&str| !line.trim_start().starts_with("--");
+    let code: Vec<_> = sql
+        .lines()
+        .filter(comment)
+        .flat_map(str::split_whitespace)
+        .collect();
+    let code = code.join(" ").to_lowercase();
+    for newer in [
+        "begin atomic",
+        "return (",
+        "merge into",
+        "security_invoker",
+        "nulls not distinct",
+        "nulls distinct",
+        " compression ",
+        "create or replace trigger",
+        "set expression",
+        "not enforced",
+        "without overlaps",
+        " virtual",
+        "json_table(",
+        "any_value(",
+    ] {
+        assert!(!code.contains(newer), "{newer}");
+    }
 }

@@ -9,27 +9,41 @@ use crate::support::{
     rows, run, succeed,
 };
 
-const WHOLE_LOG: &str = "select * from public.listing_price_log order by id";
+/// Prices, deletions and maintenance, each table whole.
+const WHOLE_LOG: &str = "select to_jsonb(log) from public.listing_price_log as log order by listing_id, id; \
+    select to_jsonb(deletion) from public.listing_deletion as deletion order by listing_id, id; \
+    select to_jsonb(task) from public.listing_price_log_maintenance as task order by id";
+
+const TABLES: &str = "listing, listing_price_log, listing_deletion, listing_price_log_maintenance";
 
 async fn write_some_history(client: &Client) {
-    for id in 1..=3 {
+    for id in 1..=4 {
         run(client, &insert_listing(id, "1")).await;
     }
-    run(client, "select setval('listing_id_seq', 3)").await;
     run(
         client,
-        "update listing set price = price + id; update listing set price = 9 where id = 2",
+        "select setval('listing_id_seq', 4); update listing set price = price + id; \
+         update listing set price = 9 where id = 2; delete from listing where id = 4; \
+         create temporary table given as select 3 as id, 5 as price, date '2020-01-01' as day; \
+         select import_price_history('given', 'id', 'price', 'day'); \
+         select prune_price_history('2020-01-02')",
     )
     .await;
+    // Three listings with two prices, another price of one, an imported one, a deletion and an import.
+    assert_eq!(rows(client, WHOLE_LOG).await.len(), 10);
 }
 
 /// Asserts that a copy has the log of the original and keeps logging.
 async fn assert_same_and_logging(copy: &Client, log: &[String]) {
     assert_eq!(rows(copy, WHOLE_LOG).await, log);
     assert_no_problem(copy).await;
-    run(copy, &insert_listing(4, "4")).await;
+    run(copy, &insert_listing(5, "4")).await;
     run(copy, "update listing set price = price + 1").await;
     assert_eq!(rows(copy, WHOLE_LOG).await.len(), log.len() + 5);
+    run(copy, "delete from listing where id = 5").await;
+    let last = "select id, last_price from listing_deletion where listing_id = 5 \
+        and id > all (select id from listing_price_log)";
+    assert_eq!(rows(copy, last).await.len(), 1);
     assert_no_problem(copy).await;
 }
 
@@ -172,12 +186,13 @@ async fn wait_until_equal(publisher: &Client, subscriber: &Client, sql: &str) {
 }
 
 #[tokio::test]
-async fn a_logical_replica_of_both_tables_holds_the_same_log() {
-    let (_cluster, publisher, subscriber) = publish("listing, listing_price_log", "").await;
+async fn a_logical_replica_of_all_tables_holds_the_same_log_with_each_deletion_once() {
+    let (_cluster, publisher, subscriber) = publish(TABLES, "").await;
     wait_until_equal(&publisher, &subscriber, WHOLE_LOG).await;
     run(
         &publisher,
-        "update listing set price = price + 1; delete from listing where id = 3",
+        "update listing set price = price + 1; delete from listing where id = 3; \
+         select replace_actor('postgres', 'somebody'); select prune_price_history('infinity')",
     )
     .await;
     run(&publisher, &insert_listing(5, "5")).await;
@@ -190,19 +205,24 @@ async fn a_logical_replica_of_both_tables_holds_the_same_log() {
 async fn a_logical_replica_of_only_the_listings_can_keep_its_own_log() {
     let (_cluster, publisher, subscriber) = publish(
         "listing",
-        "alter table listing enable always trigger listing_price_logged_on_insert; \
-         alter table listing enable always trigger listing_price_logged_on_update",
+        "do $$ declare name text; begin \
+            for name in select tgname from pg_trigger \
+                where tgrelid = 'listing'::regclass and tgname <> 'listing_updated_date_set_on_update' \
+            loop execute format('alter table listing enable always trigger %I', name); end loop; \
+         end $$",
     )
     .await;
     let listings = "select * from listing order by id";
     wait_until_equal(&publisher, &subscriber, listings).await;
     run(
         &publisher,
-        "update listing set price = price + 1 where id = 1",
+        "update listing set price = price + 1 where id = 1; delete from listing where id = 2",
     )
     .await;
     wait_until_equal(&publisher, &subscriber, listings).await;
-    let log = "select old_price, new_price from listing_price_log where listing_id = 1 order by id";
-    assert_eq!(rows(&subscriber, log).await, ["null|2.00", "2.00|3.00"]);
+    let log = "select listing_id, old_price, new_price from listing_price_log where listing_id in (1, 2) order by id; \
+        select listing_id, last_price from listing_deletion";
+    let expected = ["1|null|2.00", "1|2.00|3.00", "2|9.00"];
+    assert_eq!(rows(&subscriber, log).await, expected);
     assert_no_problem(&subscriber).await;
 }

@@ -138,7 +138,7 @@ async fn a_database_without_the_right_schema_is_refused_with_the_command_to_run(
     .await;
     assert_refuses(
         command(&url),
-        &format!("the database lacks migration V5__grant_roles: {repair}"),
+        &format!("the database lacks migration V5__control_access: {repair}"),
     );
     run(
         &db.superuser,
@@ -147,8 +147,49 @@ async fn a_database_without_the_right_schema_is_refused_with_the_command_to_run(
     .await;
     assert_refuses(
         command(&url),
-        "migration V2__harden_listing of the database differs from the one of this release: use the service and the migrations of the same release",
+        "migration V2__log_listing_prices of the database differs from the one of this release: use the service and the migrations of the same release",
     );
+}
+
+#[tokio::test]
+async fn a_problem_of_the_setup_fails_the_check_and_is_logged_at_the_start() {
+    let db = Database::migrated().await;
+    let url = db.service_url().await;
+    let trigger = "create function public.note_change() returns trigger language plpgsql as 'begin return new; end'; \
+        create trigger noted before update on listing for each row execute function public.note_change()";
+    let problems = [
+        (
+            "grant create on schema public to public",
+            "Role public may create functions and operators in the schema public, which other sessions then call. \
+             Run: revoke create on schema public from public;",
+        ),
+        (
+            trigger,
+            "Trigger noted on public.listing calls public.note_change(), which has no search_path of its own. \
+             The service has only pg_catalog in its path, so names without a schema are not found there. \
+             Run: alter function public.note_change() set search_path = pg_catalog, public, pg_temp;",
+        ),
+    ];
+    for (cause, _) in problems {
+        run(&db.superuser, cause).await;
+    }
+    let check = || command(&url).arg("--check").output().expect("run --check");
+    let output = check();
+    let expected = format!("listing-api: {}\n{}\n", problems[0].1, problems[1].1);
+    assert_eq!(
+        (printed(&output), output.status.code()),
+        (expected, Some(1))
+    );
+    let service = Service::start_at(&url, &[]);
+    for (_, problem) in problems {
+        assert_eq!(service.logged(problem).len(), 1, "{problem}");
+    }
+
+    for (_, problem) in problems {
+        let (_, mend) = problem.split_once("Run: ").expect("a statement");
+        run(&db.superuser, mend).await;
+    }
+    assert_eq!(check().status.code(), Some(0));
 }
 
 #[tokio::test]

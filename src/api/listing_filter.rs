@@ -47,21 +47,31 @@ impl Filter {
             min_rooms,
         } = self;
         let conditions = [
-            ("building_type =", value(building_type)),
-            ("country =", value(country)),
-            ("city =", value(city)),
-            ("postal_code =", value(postal_code)),
-            ("price >=", value(min_price)),
-            ("price <=", value(max_price)),
-            ("surface_area_m2 >=", value(min_surface)),
-            ("rooms_count >=", value(min_rooms)),
+            ("building_type = $", value(building_type)),
+            ("country = $", value(country)),
+            // The indexes contain hashes.
+            (
+                "hashtextextended(city, 0) = hashtextextended($, 0) and city = $",
+                value(city),
+            ),
+            (
+                "hashtextextended(postal_code, 0) = hashtextextended($, 0) and postal_code = $",
+                value(postal_code),
+            ),
+            ("price >= $", value(min_price)),
+            ("price <= $", value(max_price)),
+            ("surface_area_m2 >= $", value(min_surface)),
+            ("rooms_count >= $", value(min_rooms)),
         ];
         let given = conditions
             .into_iter()
             .filter_map(|(condition, value)| Some((condition, value?)));
         let (conditions, values): (Vec<_>, _) = (first..)
             .zip(given)
-            .map(|(number, (condition, value))| (format!(" and {condition} ${number}"), value))
+            .map(|(number, (condition, value))| {
+                let condition = condition.replace('$', &format!("${number}"));
+                (format!(" and {condition}"), value)
+            })
             .unzip();
         (conditions.concat(), values)
     }

@@ -66,7 +66,8 @@ pub async fn list(
     let id = listings::parse_id(&path)?;
     let mut query = Query::parse(&request)?;
     let limit = query.limit()?;
-    let after = query.long("after")?.unwrap_or(0);
+    // Imported prices can have negative ids.
+    let after = query.long("after")?.unwrap_or(i64::MIN);
     let (from, to) = (query.timestamp("from")?, query.timestamp("to")?);
     query.finish()?;
 

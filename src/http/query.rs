@@ -66,7 +66,9 @@ impl Query {
 
     pub fn long(&mut self, name: &'static str) -> Result<Option<i64>, ApiError> {
         self.read(name, |text| {
-            digits(text).ok_or("must come from a Link header")
+            let magnitude = text.strip_prefix('-').unwrap_or(text);
+            let value = digits(magnitude).and_then(|_| text.parse().ok());
+            value.ok_or("must come from a Link header")
         })
     }
 

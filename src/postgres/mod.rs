@@ -121,6 +121,11 @@ impl Cluster {
         schema::check(&self.check).await
     }
 
+    /// Runs a statement on the primary, outside the pools of the workers.
+    pub async fn read(&self, sql: &str) -> Result<Vec<Row>, Error> {
+        self.check.run(sql, &[], Access::Read).await
+    }
+
     /// Whether the primary is up and accepts writes.
     pub fn accepts_writes(&self) -> bool {
         self.check.server().state().writable() == Some(true)

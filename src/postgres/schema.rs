@@ -11,7 +11,7 @@ use super::pool::Pool;
 embed_migrations!("sql");
 
 const SELECT_APPLIED: &str =
-    "select version, name, checksum from refinery_schema_history order by version";
+    "select version, name, checksum from public.refinery_schema_history order by version";
 
 const MIGRATE: &str = "run: refinery migrate -e DATABASE_URL -p sql -g -d -m";
 

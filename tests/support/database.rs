@@ -34,6 +34,14 @@ pub fn insert_listing(id: i32, price: &str) -> String {
     )
 }
 
+/// The statement, run while the append-only trigger of the log does not fire.
+pub fn unguarded(statement: &str) -> String {
+    format!(
+        "alter table public.listing_price_log disable trigger user; {statement}; \
+         alter table public.listing_price_log enable trigger user"
+    )
+}
+
 /// The statement that inserts one listing with this owner, given as an SQL literal.
 pub fn insert_owned(id: i32, owner: &str) -> String {
     format!(
@@ -102,7 +110,8 @@ impl Database {
         format!("postgres://{role}:secret@{address}")
     }
 
-    async fn create_role(&self, suffix: &str, in_role: &str) -> String {
+    /// A new role that can log in.
+    pub async fn create_role(&self, suffix: &str, in_role: &str) -> String {
         let role = format!("{}_{suffix}", self.name);
         let sql = format!("create role {role} login password 'secret' {in_role}");
         run(&self.superuser, &sql).await;

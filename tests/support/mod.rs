@@ -5,6 +5,7 @@ mod cluster;
 mod database;
 mod link;
 mod load;
+mod migrations;
 mod openapi;
 mod service;
 
@@ -13,6 +14,7 @@ pub use cluster::*;
 pub use database::*;
 pub use link::*;
 pub use load::*;
+pub use migrations::*;
 pub use openapi::*;
 pub use service::*;
 
