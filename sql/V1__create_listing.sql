@@ -1,6 +1,6 @@
 -- Creates the listing table, or adopts the one of the earlier services.
 --
--- Every migration sets the search_path, so that it calls no function and no operator that a stranger placed in public. The
+-- Every migration sets the search_path, so that it calls no function and no operator that another role placed in public. The
 -- last statement resets the path, because refinery then writes to its own table.
 --
 -- PostgreSQL parses the whole file before it runs the first statement. To let version 13 reach that statement, this file uses
@@ -25,7 +25,7 @@ set local lock_timeout = '5s';
 do $$
 declare
     revoke_statements text;
-    stranger name;
+    existing record;
 begin
     select string_agg(
         format('revoke create on schema public from %s;', coalesce(quote_ident(role.rolname), 'public')),
@@ -54,21 +54,35 @@ begin
                 current_database()
             );
     end if;
-    -- refinery inserts into this table, and would run the triggers of its owner.
-    select rolname
-    into stranger
-    from pg_class
-    join pg_roles on pg_roles.oid = relowner
-    where pg_class.oid = to_regclass('public.refinery_schema_history')
-        and not rolsuper
-        and rolname <> current_user
-        and relowner <> (select datdba from pg_database where datname = current_database());
-    if found then
-        raise exception 'the table refinery_schema_history belongs to %', stranger
+    -- The owner of a table chooses its types, checks, defaults and triggers. They run with the rights of the migrating role.
+    for existing in
+        select class.relname as name, role.rolname as owner
+        from pg_class as class
+        join pg_roles as role on role.oid = class.relowner
+        where class.oid in (
+                to_regclass('public.refinery_schema_history'),
+                to_regclass('public.listing'),
+                to_regclass('public.listing_price_log')
+            )
+            and not role.rolsuper
+            and role.rolname <> current_user
+        order by class.relname = 'refinery_schema_history' desc, class.relname
+    loop
+        raise exception 'the table % belongs to %', existing.name, existing.owner
             using
                 errcode = 'insufficient_privilege',
-                hint = 'Run this, then migrate again: drop table public.refinery_schema_history;';
-    end if;
+                hint = case existing.name
+                    when 'refinery_schema_history' then
+                        'Run this, then migrate again: drop table public.refinery_schema_history;'
+                    else format(
+                        'Migrate as %I. Or inspect the types, checks, defaults and triggers of the table, run this, then '
+                        'migrate again: alter table public.%I owner to %I;',
+                        existing.owner,
+                        existing.name,
+                        current_user
+                    )
+                end;
+    end loop;
 end
 $$;
 
@@ -91,6 +105,26 @@ create table if not exists public.listing (
     updated_date timestamp
 );
 
+do $$
+begin
+    if pg_get_serial_sequence('public.listing', 'id') is null
+        or (
+            select atttypid <> 'integer'::regtype
+            from pg_attribute
+            where attrelid = 'public.listing'::regclass and attname = 'id'
+        )
+    then
+        raise exception 'the column id of the table listing is not of type serial'
+            using hint = 'Run this with the sequence that numbers the listings, then migrate again: '
+                'alter table public.listing alter id type integer; alter sequence … owned by public.listing.id;';
+    end if;
+    if (select relkind not in ('r', 'p') from pg_class where oid = to_regclass('public.listing_price_log')) then
+        raise exception 'listing_price_log is not a table'
+            using hint = 'Rename it, then migrate again.';
+    end if;
+end
+$$;
+
 -- The earlier services write timestamps without a zone and mean UTC. PostgreSQL reads them in the zone of the session.
 do $$
 begin
@@ -110,9 +144,8 @@ exception
 end
 $$;
 
--- An earlier price log of another shape gives its name away. Its triggers go, because they would write to the new log and keep
--- the type of the price as it is. So do its foreign keys, because they would keep listings from being deleted. V4 imports its
--- rows.
+-- Renames an earlier price log of another shape; V4 imports its rows. Drops its triggers, which would write to the new log and
+-- keep the type of the price as it is, and its foreign keys, which would keep listings from being deleted.
 do $$
 declare
     existing record;
@@ -229,8 +262,8 @@ create trigger listing_updated_date_set_on_update
 --
 -- No other index: there are few building types and countries, so a page of one is found soon in the order of id. A range of
 -- prices has no order by id. And a change of the price now touches no index of this table.
-create index if not exists listing_city_id_idx on public.listing (hashtextextended(city, 0), id);
-create index if not exists listing_postal_code_id_idx on public.listing (hashtextextended(postal_code, 0), id);
+create index if not exists listing_city_hash_id_idx on public.listing (hashtextextended(city, 0), id);
+create index if not exists listing_postal_code_hash_id_idx on public.listing (hashtextextended(postal_code, 0), id);
 
 comment on table public.listing is
     'Real-estate listings. Triggers log each price to listing_price_log.';
@@ -250,9 +283,9 @@ comment on function public.set_listing_updated_date() is
     'Sets updated_date to now. Serves only the trigger on listing.';
 comment on trigger listing_updated_date_set_on_update on public.listing is
     'Dates a change whose writer did not set updated_date.';
-comment on index public.listing_city_id_idx is
+comment on index public.listing_city_hash_id_idx is
     'Pages of the listings of a city.';
-comment on index public.listing_postal_code_id_idx is
+comment on index public.listing_postal_code_hash_id_idx is
     'Pages of the listings of a postal code.';
 
 set local timezone to default;

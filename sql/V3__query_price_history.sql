@@ -1,5 +1,6 @@
 -- Answers the questions of a DBA. Each view and function runs with the rights of its caller.
 set local search_path = pg_catalog, pg_temp;
+set local lock_timeout = '5s';
 
 create view public.listing_price_change with (security_invoker = true) as
 select

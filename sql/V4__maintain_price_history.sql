@@ -3,6 +3,7 @@
 --
 -- These set listing.maintenance in their bodies: only a superuser may attach a setting of that kind to a function.
 set local search_path = pg_catalog, pg_temp;
+set local lock_timeout = '5s';
 
 create function public.prunable_prices(before timestamptz) returns setof public.listing_price_log
     language sql
@@ -53,6 +54,8 @@ create function public.import_price_history(source regclass, listing_id_column n
     set search_path = pg_catalog, pg_temp
     -- A time without a zone means UTC.
     set timezone = 'UTC'
+    -- A policy would hide rows, and run code of the owner of the table.
+    set row_security = off
 as $$
 declare
     imported bigint;
@@ -87,6 +90,7 @@ begin
     -- Until the end of this transaction, no writer adds a price to a history that is being extended, and no prune removes one.
     lock table public.listing, public.listing_price_log in share row exclusive mode;
 
+    drop table if exists pg_temp.source_price, pg_temp.candidate_price, pg_temp.added_price;
     -- Rows with the same time are in the order in which the table returns them.
     execute format(
         $sql$
@@ -213,6 +217,7 @@ begin
                 log.listing_id,
                 (array_agg(log.old_price order by log.id))[1] as old_price,
                 (array_agg(log.new_price order by log.id desc))[1] as new_price,
+                min(log.id) as first_id,
                 max(log.id) as last_id
             from public.listing_price_log as log
             where log.xact_id = undo_price_changes.xact_id
@@ -231,6 +236,12 @@ begin
                         where later.listing_id = change.listing_id and later.id > change.last_id
                     ) then 'changed since'
                     when change.old_price is null then 'first price'
+                    -- The transaction may have changed the price before, in a row that is gone.
+                    when not exists (
+                        select
+                        from public.listing_price_log as earlier
+                        where earlier.listing_id = change.listing_id and earlier.id < change.first_id
+                    ) then 'pruned'
                     when change.old_price = listing.price then 'same price'
                     else 'restored'
                 end as outcome
@@ -246,7 +257,11 @@ begin
         -- Without a join to restored: the planner would expect one row in each, and its nested loop takes hours for many rows.
         select judged.listing_id, judged.price, case judged.outcome when 'restored' then judged.old_price end, judged.outcome
         from judged
-        order by judged.listing_id;
+        union all
+        select deletion.listing_id, deletion.last_price, null, 'deleted'
+        from public.listing_deletion as deletion
+        where deletion.xact_id = undo_price_changes.xact_id
+        order by 1;
 end
 $$;
 
@@ -261,8 +276,9 @@ declare
     replaced bigint;
     in_this_table bigint;
 begin
-    if coalesce(new_name, '') = '' then
-        raise exception 'the new name is empty' using errcode = 'invalid_parameter_value';
+    if new_name is null or new_name !~ '^[^[:cntrl:]]{1,200}$' then
+        raise exception 'the new name must have 1 to 200 characters, no control characters'
+            using errcode = 'invalid_parameter_value';
     end if;
     perform set_config('listing.maintenance', 'on', true);
     update public.listing_price_log
@@ -316,7 +332,12 @@ begin
     join pg_attribute on attrelid = 'public.earlier_listing_price_log'::regclass and attname = name
     order by rank
     limit 1;
-    if price_column is null or moment_column is null then
+    if price_column is null
+        or moment_column is null
+        or not exists (
+            select from pg_attribute where attrelid = 'public.earlier_listing_price_log'::regclass and attname = 'listing_id'
+        )
+    then
         raise exception 'the columns of the existing table listing_price_log are unknown'
             using hint = 'Rename the table, migrate again, then call import_price_history().';
     end if;

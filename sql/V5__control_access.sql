@@ -2,6 +2,7 @@
 --
 -- listing_api is for the service, listing_auditor for people who look. Neither can log in: make login roles members of them.
 set local search_path = pg_catalog, pg_temp;
+set local lock_timeout = '5s';
 
 -- Roles belong to the whole cluster, so they may exist already.
 do $$
@@ -161,7 +162,7 @@ end;
 comment on function public.hand_over_listings(integer[], text) is
     'Gives listings to an owner, or to none if null. Returns how many. For the owner of the tables.';
 
--- The rights on every object but listing. Nobody else has any, except the owner.
+-- The rights on every object but listing. Other roles have none. The owner has all.
 create view public.listing_access as
 select
     *,

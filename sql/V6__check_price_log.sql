@@ -1,6 +1,7 @@
 -- Checks that the database still logs every price, and that the log is complete. Each problem comes with a statement that
 -- repairs it.
 set local search_path = pg_catalog, pg_temp;
+set local lock_timeout = '5s';
 
 -- Reads only the catalogs, so the service reads it at each start.
 create view public.listing_setup_problem with (security_invoker = true) as
@@ -66,7 +67,7 @@ held as (
     cross join aclexplode(coalesce(function.proacl, acldefault('f', function.proowner))) as acl
     where acl.grantee <> function.proowner
     union all
-    -- On listing, other roles may read and write, but neither truncate the table nor attach to it.
+    -- On listing, other roles may have any right but TRUNCATE, TRIGGER or REFERENCES.
     select 'table', 'public.listing', null, '{}', acl.grantee, acl.privilege_type, null
     from pg_class as class
     cross join aclexplode(class.relacl) as acl
@@ -155,7 +156,7 @@ select
         lower(privilege_type) || column_list,
         object
     ),
-    format('revoke %s on %s %s from %s;', privilege_type || column_list, kind, object, grantee_name)
+    format('revoke %s on %s %s from %s cascade;', privilege_type || column_list, kind, object, grantee_name)
 from held
 cross join lateral (
     select
@@ -164,6 +165,44 @@ cross join lateral (
 ) as named
 where held.expected is distinct from lower(held.privilege_type)
     or grantee_name <> all (held.roles)
+union all
+select
+    'different owners',
+    format(
+        '%s belongs to %s, and listing_price_log to %s. The owner of the one can run code with the rights of the other.',
+        owned.name,
+        owned.owner,
+        log_owner.owner
+    ),
+    format('alter %s %s owner to %s;', owned.kind, owned.name, log_owner.owner)
+from (
+    select 'table' as kind, pg_class.oid::regclass::text as name, relowner::regrole as owner
+    from pg_class
+    where relnamespace = 'public'::regnamespace
+        and relkind in ('r', 'p', 'v')
+        and relname in ('listing', 'listing_deletion', 'listing_price_log_maintenance', 'api_key', 'listing_access')
+    union all
+    select 'function', pg_proc.oid::regprocedure::text, proowner::regrole
+    from public.listing_access
+    join pg_proc on kind = 'function' and pg_proc.oid = object_id
+) as owned
+cross join (select relowner::regrole as owner from pg_class where oid = 'public.listing_price_log'::regclass) as log_owner
+where owned.owner <> log_owner.owner
+union all
+select
+    'rule on a table',
+    format('Rule %I on %s can replace a write by something else.', rulename, ev_class::regclass),
+    format('drop rule %I on %s;', rulename, ev_class::regclass)
+from pg_rewrite
+where ev_class in ('public.listing'::regclass, 'public.listing_price_log'::regclass, 'public.listing_deletion'::regclass)
+union all
+select
+    'row security on the log',
+    format('Row security on %s can hide rows from its readers.', pg_class.oid::regclass),
+    format('alter table %1$s disable row level security, no force row level security;', pg_class.oid::regclass)
+from pg_class
+where relrowsecurity
+    and pg_class.oid in ('public.listing_price_log'::regclass, 'public.listing_deletion'::regclass)
 union all
 select
     'schema public is writable',
@@ -178,7 +217,7 @@ where schema.nspname = 'public'
     and coalesce(not role.rolsuper and role.rolname <> 'pg_database_owner', true)
     and acl.grantee not in (
         (select datdba from pg_database where datname = current_database()),
-        (select relowner from pg_class where oid = 'public.listing'::regclass)
+        (select relowner from pg_class where oid = 'public.listing_price_log'::regclass)
     )
 union all
 select
@@ -200,7 +239,7 @@ where tgrelid in ('public.listing'::regclass, 'public.listing_price_log'::regcla
     and not exists (select from unnest(proconfig) as setting where setting like 'search\_path=%');
 
 comment on view public.listing_setup_problem is
-    'Empty if triggers, foreign key and rights are as the migrations left them.';
+    'Empty if the triggers, foreign key and rights of the log are as the migrations left them.';
 comment on column public.listing_setup_problem.problem is
     'The kind of problem.';
 comment on column public.listing_setup_problem.explanation is
@@ -236,10 +275,9 @@ from (
         step.is_last and listing.id is null as is_orphan,
         step.is_last and step.new_price <> listing.price as is_not_current,
         step.previous_id is not null and step.old_price is distinct from step.previous_price as is_broken,
-        step.previous_id is null and step.old_price is not null and not exists (
-            select
-            from public.listing_price_log_maintenance as maintenance
-            where maintenance.task = 'prune' and maintenance.pruned_before > step.changed_at
+        step.previous_id is null and step.old_price is not null and step.changed_at >= coalesce(
+            (select max(pruned_before) from public.listing_price_log_maintenance where task = 'prune'),
+            '-infinity'
         ) as is_headless
     from (
         select
@@ -364,35 +402,29 @@ comment on column public.listing_price_log_problem.mend is
     'The statement that repairs it, for the owner or a superuser. Repair one, then read the view again.';
 
 create function public.listing_price_log_problem_since(xact_id xid8) returns setof public.listing_price_log_problem
-    language plpgsql
+    language sql
     stable
-    set search_path = pg_catalog, pg_temp
-as $$
-#variable_conflict use_column
-declare
-    checked integer;
-begin
-    for checked in
-        select listing_id
-        from public.listing_price_log
-        where xact_id >= listing_price_log_problem_since.xact_id
-        union
-        select listing_id
-        from public.listing_deletion
-        where xact_id >= listing_price_log_problem_since.xact_id
-        union
-        -- The transaction that wrote the row has 32 bits here, and age() compares it with the current one.
-        select id
+begin atomic
+    select problem.*
+    from public.listing_price_log_problem as problem
+    where problem.listing_id = any (array(
+        select log.listing_id
+        from public.listing_price_log as log
+        where log.xact_id >= listing_price_log_problem_since.xact_id
+        union all
+        select deletion.listing_id
+        from public.listing_deletion as deletion
+        where deletion.xact_id >= listing_price_log_problem_since.xact_id
+        union all
+        -- Reads the whole table. xmin has 32 bits, and age() compares it with the current transaction.
+        select listing.id
         from public.listing
-        where age(xmin) <= age(listing_price_log_problem_since.xact_id::xid)
-    loop
-        return query select * from public.listing_price_log_problem where listing_id = checked;
-    end loop;
-    return query
-        select problem, null::integer, null::bigint, explanation, mend
-        from public.listing_setup_problem;
-end
-$$;
+        where age(listing.xmin) <= age(listing_price_log_problem_since.xact_id::xid)
+    ))
+    union all
+    select setup.problem, null, null, setup.explanation, setup.mend
+    from public.listing_setup_problem as setup;
+end;
 
 comment on function public.listing_price_log_problem_since(xid8) is
     'The problems of the listings that were written since a transaction, and of the setup.';

@@ -285,10 +285,12 @@ async fn an_actor_is_cleaned_and_costs_no_price() {
         ),
         ("repeat('x', 10000)", &long),
         ("repeat('é', 10000)", &accents),
-        ("repeat('x', 300000000)", &long),
         ("E'\\n\\u0007\\u2028\\u202e '", "postgres"),
         ("repeat(E'\\n', 10000)", "postgres"),
         ("repeat(' ', 10000)", "postgres"),
+        ("'backfill'", "postgres"),
+        ("'import'", "postgres"),
+        ("'repair'", "postgres"),
     ] {
         // A setting of earlier services that changes how PostgreSQL reads the strings of functions.
         for strings in ["on", "off"] {
@@ -303,7 +305,7 @@ async fn an_actor_is_cleaned_and_costs_no_price() {
         }
     }
     let count = value(&db.superuser, "select count(*) from listing_price_log").await;
-    assert_eq!(count, "27");
+    assert_eq!(count, "31");
 }
 
 #[tokio::test]

@@ -152,6 +152,26 @@ async fn an_undo_restores_the_prices_that_nothing_changed_since_and_names_the_ot
 }
 
 #[tokio::test]
+async fn an_undo_restores_nothing_that_is_pruned_or_deleted() {
+    let db = Database::migrated().await;
+    run(&db.superuser, &insert_listing(1, "10")).await;
+    run(&db.superuser, &insert_listing(2, "10")).await;
+    run(
+        &db.superuser,
+        "begin; update listing set price = 20 where id = 1; update listing set price = 30 where id = 1; \
+         delete from listing where id = 2; create table undone as select pg_current_xact_id() as xact_id; commit; \
+         select prune_price_history('infinity')",
+    )
+    .await;
+    // Listing 1 has only the row from 20 to 30, but never cost 20 after a commit.
+    let undo = "select undo.* from undone, undo_price_changes(xact_id) as undo";
+    assert_eq!(
+        rows(&db.superuser, undo).await,
+        ["1|30.00|null|pruned", "2|10.00|null|deleted"]
+    );
+}
+
+#[tokio::test]
 async fn an_undo_is_logged_and_can_be_undone() {
     let db = Database::migrated().await;
     let client = &db.superuser;
@@ -256,13 +276,13 @@ async fn a_replaced_name_is_nowhere_in_the_log() {
 }
 
 #[tokio::test]
-async fn a_name_is_not_replaced_by_nothing() {
+async fn a_name_is_replaced_only_by_a_name() {
     let db = Database::migrated().await;
-    for nothing in ["''", "null"] {
-        let replace = format!("select replace_actor('anna', {nothing})");
+    for no_name in ["''", "null", "E'a\\nb'", "repeat('x', 201)"] {
+        let replace = format!("select replace_actor('anna', {no_name})");
         assert_eq!(
             refusal(&db.superuser, &replace).await,
-            "22023 the new name is empty"
+            "22023 the new name must have 1 to 200 characters, no control characters"
         );
     }
     assert_eq!(rows(&db.superuser, RECORDED).await, [""; 0]);

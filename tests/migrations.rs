@@ -396,6 +396,40 @@ async fn a_history_of_the_cli_that_a_stranger_made_stops_it_before_an_insert_run
 }
 
 #[tokio::test]
+async fn tables_of_another_role_stop_the_cli_with_the_statement_to_run() {
+    let db = Database::empty().await;
+    let _app = db.login("app", "").await;
+    let app = format!("{}_app", db.name);
+    for table in ["listing", "listing_price_log"] {
+        let create =
+            format!("create table {table} (id serial); alter table {table} owner to {app}");
+        run(&db.superuser, &create).await;
+        let output = db.migrate(&in_checkout("sql"));
+        assert!(!output.status.success());
+        let refused = printed(&output);
+        let reason = format!("the table {table} belongs to {app}\n");
+        assert!(refused.contains(&reason), "{refused}");
+        let hint = format!("alter table public.{table} owner to postgres;");
+        assert!(refused.contains(&hint), "{refused}");
+        run(&db.superuser, &format!("drop table {table}")).await;
+    }
+    migrate(&db);
+}
+
+#[tokio::test]
+async fn a_listing_whose_id_is_not_serial_stops_the_cli() {
+    for id in ["integer", "bigserial"] {
+        let db = Database::empty().await;
+        run(&db.superuser, &format!("create table listing (id {id})")).await;
+        let output = db.migrate(&in_checkout("sql"));
+        assert!(!output.status.success());
+        let refused = printed(&output);
+        let reason = "the column id of the table listing is not of type serial\n";
+        assert!(refused.contains(reason), "{refused}");
+    }
+}
+
+#[tokio::test]
 async fn a_history_of_the_cli_outside_public_stops_it_with_the_statement_to_run() {
     let db = Database::empty().await;
     run(&db.superuser, "create schema postgres").await;

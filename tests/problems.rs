@@ -505,6 +505,34 @@ async fn a_writable_schema_is_reported() {
 }
 
 #[tokio::test]
+async fn another_owner_a_rule_and_row_security_are_reported() {
+    let db = two_listings().await;
+    let stranger = db.create_role("stranger", "").await;
+    for (cause, problem, explanation) in [
+        (
+            format!("alter table listing owner to {stranger}"),
+            "different owners|null|null",
+            format!(
+                "listing belongs to {stranger}, and listing_price_log to postgres. \
+                 The owner of the one can run code with the rights of the other."
+            ),
+        ),
+        (
+            "create rule swallow as on insert to listing_price_log where new.id < 0 do instead nothing".to_owned(),
+            "rule on a table|null|null",
+            "Rule swallow on listing_price_log can replace a write by something else.".to_owned(),
+        ),
+        (
+            "alter table listing_price_log enable row level security".to_owned(),
+            "row security on the log|null|null",
+            "Row security on listing_price_log can hide rows from its readers.".to_owned(),
+        ),
+    ] {
+        assert_reported_and_repaired(&db, &cause, &[problem], &explanation).await;
+    }
+}
+
+#[tokio::test]
 async fn a_trigger_without_a_search_path_is_reported() {
     assert_reported_and_repaired(
         &two_listings().await,

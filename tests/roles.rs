@@ -179,7 +179,7 @@ async fn default_privileges_give_no_right_on_what_the_migrations_create() {
     let problems = "select problem, replace(mend, current_database(), 'db') from listing_setup_problem order by 2";
     let mends = ["public", "db_stranger"].map(|role| {
         ["REFERENCES", "TRIGGER", "TRUNCATE"].map(|right| {
-            format!("foreign right|revoke {right} on table public.listing from {role};")
+            format!("foreign right|revoke {right} on table public.listing from {role} cascade;")
         })
     });
     let mut mends = mends.concat();

@@ -384,10 +384,10 @@ async fn a_page_filtered_by_city_or_postal_code_reads_no_other_listing() {
             order by id limit $2";
     run(&db.superuser, page).await;
     for (filter, index, common, rare) in [
-        ("city", "listing_city_id_idx", "Paris", "Town 6000"),
+        ("city", "listing_city_hash_id_idx", "Paris", "Town 6000"),
         (
             "postal_code",
-            "listing_postal_code_id_idx",
+            "listing_postal_code_hash_id_idx",
             "75011",
             "19999",
         ),
