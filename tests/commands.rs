@@ -6,7 +6,10 @@ use std::process::Command;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use crate::support::{Cluster, in_checkout, printed, rows, run, succeed, value};
+use tempfile::TempDir;
+use tokio_postgres::Config;
+
+use crate::support::{Cluster, connect, in_checkout, printed, rows, run, succeed, value};
 
 #[tokio::test]
 async fn a_second_call_of_up_finds_the_cluster_of_the_first() {
@@ -159,4 +162,65 @@ async fn a_stopped_cluster_keeps_its_data_and_takes_new_settings() {
     let client = cluster.superuser().await;
     assert_eq!(value(&client, "show work_mem").await, "7MB");
     assert_eq!(value(&client, "select count(*) from kept").await, "0");
+}
+
+#[test]
+fn a_pg_home_that_is_no_cluster_is_refused_and_keeps_its_files() {
+    let script = Cluster::folder();
+    for file in ["thesis.txt", "PG_VERSION", "data"] {
+        let home = TempDir::new().expect("create a folder");
+        let kept = home.path().join(file);
+        fs::write(&kept, "mine").expect("write a file");
+        for argument in ["up", "down"] {
+            let mut command = Cluster::script(script.path(), argument);
+            let output = command.env("PG_HOME", home.path()).output();
+            let printed = printed(&output.expect("run the script"));
+            let refused = format!(
+                "db: {} is no cluster of this script, so it is neither used nor removed: set PG_HOME to a new folder\n",
+                home.path().display()
+            );
+            assert!(printed.ends_with(&refused), "{argument}: {printed}");
+            assert_eq!(fs::read_to_string(&kept).expect(file), "mine");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_second_login_keeps_the_password_of_the_first() {
+    let cluster = Cluster::migrated();
+    let first = cluster.call("login");
+    assert_eq!(cluster.call("login"), first);
+    let login: Config = first.trim_end().parse().expect("a valid URL");
+    rows(&connect(&login).await, "table listing").await;
+}
+
+#[tokio::test]
+async fn a_login_on_a_given_server_takes_its_password_and_changes_no_role() {
+    let cluster = Cluster::migrated();
+    let login = |password: Option<&str>| {
+        let mut login = Cluster::script(cluster.folder.path(), "login");
+        login
+            .env("DATABASE_URL", &cluster.url)
+            .env_remove("SERVICE_PASSWORD");
+        login.envs(password.map(|password| ("SERVICE_PASSWORD", password)));
+        printed(&login.output().expect("run the script"))
+    };
+    assert_eq!(
+        login(None),
+        "db: DATABASE_URL is set: set SERVICE_PASSWORD too, the password of the role listing_service on that server\n"
+    );
+    assert_eq!(
+        login(Some("a'b")),
+        "db: SERVICE_PASSWORD must be letters and digits: it becomes part of a URL\n"
+    );
+    let first: Config = login(Some("first"))
+        .trim_end()
+        .parse()
+        .expect("a valid URL");
+    let second: Config = login(Some("second"))
+        .trim_end()
+        .parse()
+        .expect("a valid URL");
+    assert!(second.connect(tokio_postgres::NoTls).await.is_err());
+    rows(&connect(&first).await, "table listing").await;
 }

@@ -2,7 +2,8 @@
 # The PostgreSQL of this checkout: a private cluster in .postgres/, on loopback, on a fixed random port.
 #
 #   tests/db.sh up               start it unless it runs, and print its DATABASE_URL
-#   tests/db.sh login            create the role listing_service, a member of only listing_api, and print its URL
+#   tests/db.sh login            create the role listing_service, a member of only listing_api, and print its URL; on a server
+#                                of yours with the password in SERVICE_PASSWORD, unless the role exists
 #   tests/db.sh run PROGRAM ...  run a PostgreSQL program: psql, pg_dump, pgbench
 #   tests/db.sh follow URL       create a standby of the server at this URL, start it, and print its DATABASE_URL
 #   tests/db.sh promote          promote that standby to primary
@@ -92,8 +93,18 @@ choose_port() {
     echo $((15000 + $(od -An -N2 -tu2 /dev/urandom) % 17000)) > "$home/port"
 }
 
+# Fails unless the folder is empty or a cluster that this script created: all else would be lost with it.
+require_own_home() {
+    [ -n "$(ls -A "$home" 2>/dev/null)" ] || return 0
+    foreign=$(ls -A "$home" | grep -vxE 'copy|data|password|port|server|server\.log|service_password') || true
+    if [ -n "$foreign" ] || [ ! -f "$home/port" ] || [ ! -f "$home/password" ]; then
+        fail "$home is no cluster of this script, so it is neither used nor removed: set PG_HOME to a new folder"
+    fi
+}
+
 # Creates the folder with a port and this password. It belongs to the user of the server.
 make_home() {
+    require_own_home
     rm -rf "$home"
     mkdir -m 700 "$home"
     choose_port
@@ -191,12 +202,27 @@ promote() {
     as_server pg_ctl --pgdata="$reach/data" --wait promote >/dev/null
 }
 
+# The password of the private cluster is made once, so a second call breaks no service that runs. On a server of the user's
+# there is no place to keep a password, and the role may be in use: an existing role stays as it is.
 login() {
     url=$(up)
-    password=$(random_password)
+    if [ -n "${DATABASE_URL:-}" ]; then
+        password=${SERVICE_PASSWORD:-}
+        case $password in
+            '') fail "DATABASE_URL is set: set SERVICE_PASSWORD too, the password of the role listing_service on that server" ;;
+            *[!A-Za-z0-9]*) fail "SERVICE_PASSWORD must be letters and digits: it becomes part of a URL" ;;
+        esac
+        alter=
+    else
+        lock
+        [ -s "$home/service_password" ] || random_password > "$home/service_password"
+        password=$(cat "$home/service_password")
+        alter="alter role listing_service login password '$password';"
+    fi
     (run psql --no-psqlrc --quiet --set=ON_ERROR_STOP=1 "$url") <<-END
-		select 'create role listing_service in role listing_api' where to_regrole('listing_service') is null \gexec
-		alter role listing_service login password '$password';
+		select 'create role listing_service login password ''$password'' in role listing_api'
+		where to_regrole('listing_service') is null \gexec
+		$alter
 	END
     echo "$url" | sed "s|//\([^@/]*@\)\{0,1\}|//listing_service:$password@|"
 }
@@ -227,6 +253,7 @@ stop() {
 }
 
 down() {
+    require_own_home
     stop immediate down --volumes
     if [ -f "$home/copy" ]; then
         copy=$(cat "$home/copy")
