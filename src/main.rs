@@ -47,12 +47,9 @@ fn main() -> ExitCode {
     };
     log_writer::start(listing_api::default_of("RUST_LOG"));
     let ended = System::new().block_on(listing_api::run(check_only));
-    log_writer::flush();
-    match ended {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(reason) => {
-            eprintln!("listing-api: {reason:#}");
-            ExitCode::FAILURE
-        }
+    if let Err(reason) = &ended {
+        log_writer::add(format!("listing-api: {reason:#}\n").as_bytes());
     }
+    log_writer::finish();
+    ended.map_or(ExitCode::FAILURE, |()| ExitCode::SUCCESS)
 }

@@ -2,13 +2,14 @@
 
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
 use tokio_postgres::Client;
 
-use super::{Connection, Database, JSON, Response};
+use super::{Connection, Database, JSON, OnDrop, Response};
 
 pub const PROGRAM: &str = env!("CARGO_BIN_EXE_listing-api");
 
@@ -20,6 +21,7 @@ pub struct Service {
     pub address: String,
     pub admin_address: String,
     log: Arc<Mutex<Vec<String>>>,
+    may_read: Arc<AtomicBool>,
 }
 
 impl Service {
@@ -52,8 +54,13 @@ impl Service {
         let mut child = command.spawn().expect("start the service");
         let log = Arc::new(Mutex::new(Vec::new()));
         let (lines, stderr) = (log.clone(), child.stderr.take().expect("stderr is a pipe"));
+        let may_read = Arc::new(AtomicBool::new(true));
+        let reading = may_read.clone();
         let reader = thread::spawn(move || {
             for line in BufReader::new(stderr).lines() {
+                while !reading.load(Ordering::Relaxed) {
+                    thread::sleep(Duration::from_millis(5));
+                }
                 let line = line.expect("the log is UTF-8");
                 lines.lock().expect("lock").push(line);
             }
@@ -65,6 +72,7 @@ impl Service {
             address: String::new(),
             admin_address: String::new(),
             log,
+            may_read,
         };
         let serving = loop {
             let mut log = service.log().into_iter();
@@ -128,6 +136,13 @@ impl Service {
         let mut admin = Connection::to(&self.admin_address);
         admin.request("GET", path, "", "");
         admin.receive_unchecked("GET")
+    }
+
+    /// Reads nothing more of the log until the result is dropped.
+    pub fn stop_reading(&self) -> impl Drop + use<> {
+        let may_read = self.may_read.clone();
+        may_read.store(false, Ordering::Relaxed);
+        OnDrop(move || may_read.store(true, Ordering::Relaxed))
     }
 
     pub fn log(&self) -> Vec<String> {
