@@ -26,7 +26,7 @@ use crate::http::connection::Connection;
 use crate::http::metrics;
 use crate::http::middleware::middleware;
 use crate::postgres::Cluster;
-use crate::settings::{AuthMode, Settings, is_loopback};
+use crate::settings::{AuthMode, Settings};
 
 /// Runs the service until a signal stops it. With `check_only`, only verifies that it could run.
 #[expect(
@@ -61,8 +61,9 @@ pub async fn run(check_only: bool) -> Result<()> {
     for server in cluster.report().servers {
         log::info!("{server}");
     }
-    if settings.auth == AuthMode::Off && !is_loopback(listen) {
-        log::warn!("AUTH=off: anyone who can reach {listen} can write");
+    // On a loopback address too: a proxy in front of it may be open to anyone.
+    if settings.auth == AuthMode::Off {
+        log::warn!("AUTH=off: anyone who can reach {listen}, also through a proxy, can write");
     }
     log::info!(
         "serving on http://{listen}, docs on http://{listen}/docs, health and metrics on http://{admin_listen}"

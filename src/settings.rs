@@ -222,7 +222,7 @@ fn auth(listen: SocketAddr) -> Result<AuthMode> {
     }
 }
 
-pub fn is_loopback(address: SocketAddr) -> bool {
+fn is_loopback(address: SocketAddr) -> bool {
     address.ip().to_canonical().is_loopback()
 }
 

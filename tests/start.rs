@@ -307,10 +307,17 @@ async fn auth_must_be_set_before_other_machines_can_reach_the_service() {
         let check = unsaid.env("LISTEN_ADDR", address).arg("--check").output();
         assert!(printed(&check.expect("run the program")).contains("AUTH=off: anyone can write"));
     }
+}
+
+#[tokio::test]
+async fn every_start_with_auth_off_logs_a_warning() {
+    let db = Database::migrated().await;
+    let url = db.service_url().await;
     for (address, auth, warned) in [
-        ("127.0.0.1:0", "off", false),
-        ("0.0.0.0:0", "keys", false),
+        ("127.0.0.1:0", "", true),
+        ("127.0.0.1:0", "off", true),
         ("0.0.0.0:0", "off", true),
+        ("0.0.0.0:0", "keys", false),
     ] {
         let settings = [("LISTEN_ADDR", address), ("AUTH", auth)];
         let service = Service::start_at(&url, &settings);
@@ -318,7 +325,7 @@ async fn auth_must_be_set_before_other_machines_can_reach_the_service() {
         warnings.retain(|line| line.contains("WARN"));
         assert_eq!(warnings.len(), usize::from(warned), "{warnings:?}");
         let warning = format!(
-            "AUTH=off: anyone who can reach {} can write",
+            "AUTH=off: anyone who can reach {}, also through a proxy, can write",
             service.address
         );
         assert!(
@@ -514,6 +521,57 @@ async fn requests_to_a_silent_database_get_503_within_the_limit() {
         "{:?}",
         begun.elapsed()
     );
+}
+
+/// Fills the pipe of the log, which is not read, and the buffer of the service. The line of each request has 8 KB.
+fn fill_the_log(service: &Service) {
+    let path = format!("/{}", "x".repeat(8000));
+    let mut connection = service.connect();
+    for _ in 0..700 {
+        connection.request("GET", &path, "", "");
+        assert_eq!(connection.receive_unchecked("GET").status, 404);
+    }
+}
+
+#[tokio::test]
+async fn a_log_that_is_not_read_stops_neither_a_request_nor_the_end() {
+    let mut service = Service::start().await;
+    let unread = service.stop_reading();
+    fill_the_log(&service);
+    assert_eq!(service.post(LOFT).status, 201);
+    let metrics = service.admin("/metrics");
+    let dropped = metrics
+        .text()
+        .lines()
+        .find_map(|line| line.strip_prefix("log_lines_dropped_total "))
+        .expect("the metric");
+    assert!(dropped.parse::<f64>().is_ok_and(|dropped| dropped > 0.0));
+    let signalled = Instant::now();
+    service.signal("-TERM");
+    assert_eq!(service.wait(), Some(0));
+    assert!(signalled.elapsed() < Duration::from_secs(5));
+    drop(unread);
+}
+
+#[tokio::test]
+async fn a_log_that_is_read_again_says_how_many_lines_were_dropped() {
+    let service = Service::start().await;
+    let unread = service.stop_reading();
+    fill_the_log(&service);
+    drop(unread);
+    let gap = service.logged("listing-api: dropped ").concat();
+    let dropped = gap.split(' ').nth(2).expect("a number");
+    assert_eq!(
+        gap,
+        format!("listing-api: dropped {dropped} lines here, because stderr did not take them")
+    );
+    let dropped: usize = dropped.parse().expect("a number");
+    within(TWO_SECONDS, "all other lines", || {
+        let written = service.log().into_iter();
+        written.filter(|line| line.contains("xxx")).count() == 700 - dropped
+    });
+    service.get("/listings/1");
+    service.logged("GET /listings/1 ");
 }
 
 #[tokio::test]
