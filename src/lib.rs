@@ -5,7 +5,7 @@
 //!
 //! Imports run one way, from top to bottom:
 //!
-//! - `service`: start, serve, stop.
+//! - `service`: start, serve, stop. `check`: what is verified before.
 //! - `api`: routes, handlers, SQL. `admin`: health and metrics.
 //! - `http`: what all requests share.
 //! - `postgres`: connections, failover, replicas, batches.
@@ -13,6 +13,7 @@
 
 mod admin;
 mod api;
+mod check;
 mod http;
 mod postgres;
 mod service;

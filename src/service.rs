@@ -1,6 +1,5 @@
 //! Starts the service: settings, schema check, listeners. Then serves until a signal stops it.
 
-use std::iter;
 use std::net::{SocketAddr, TcpListener};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -13,14 +12,14 @@ use actix_web::middleware::{Compress, Logger, from_fn};
 use actix_web::rt::net::TcpStream;
 use actix_web::web::Data;
 use actix_web::{App, HttpServer, rt};
-use anyhow::{Context, Error, Result, ensure};
+use anyhow::{Context, Result, ensure};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::TcpSocket;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio_postgres::Row;
 
 use crate::admin::{self, Stopping};
 use crate::api;
+use crate::check::{Checked, check};
 use crate::http::body::READ_TIMEOUT;
 use crate::http::connection::Connection;
 use crate::http::metrics;
@@ -36,20 +35,18 @@ use crate::settings::{AuthMode, Settings};
 pub async fn run(check_only: bool) -> Result<()> {
     let settings = Data::new(Settings::from_env()?);
     let cluster = Data::new(Cluster::start(&settings).await?);
-    check_schema(&cluster).await?;
-    let problems = setup_problems(&cluster).await?;
+    let Checked { warnings, servers } = check(&cluster, &settings).await?;
     if check_only {
-        ensure!(problems.is_empty(), "{}", problems.join("\n"));
-        for server in cluster.report().servers {
-            println!("{server}");
-        }
+        ensure!(warnings.is_empty(), "{}", warnings.join("\n"));
         let auth = settings.auth;
-        println!("settings, database and schema are valid; {auth}");
+        println!(
+            "{}\nsettings, database and schema are valid; {auth}",
+            servers.join("\n")
+        );
         return Ok(());
     }
-    // A right that was granted by mistake must not stop the service.
-    for problem in problems {
-        log::warn!("{problem}");
+    for warning in warnings {
+        log::warn!("{warning}");
     }
     let stop = stop_signal()?;
     let (api_listener, listen) = bind("LISTEN_ADDR", settings.listen)?;
@@ -58,7 +55,7 @@ pub async fn run(check_only: bool) -> Result<()> {
     let stopping = Data::new(Stopping::default());
     let api = serve_api(api_listener, settings.clone(), cluster.clone())?;
     let admin = serve_admin(admin_listener, cluster.clone(), stopping.clone())?;
-    for server in cluster.report().servers {
+    for server in servers {
         log::info!("{server}");
     }
     // On a loopback address too: a proxy in front of it may be open to anyone.
@@ -84,38 +81,6 @@ pub async fn run(check_only: bool) -> Result<()> {
     api.and(admin)?;
     log::info!("stopped");
     Ok(())
-}
-
-async fn check_schema(cluster: &Cluster) -> Result<()> {
-    let unknown = cluster.check_schema().await.map_err(|reason| {
-        let servers = cluster.report().servers;
-        let states = servers
-            .iter()
-            .map(|server| format!("{} {}", server.name, server.state));
-        // With several hosts, the reason alone does not tell which one failed.
-        let states = states.filter(|_| servers.len() > 1);
-        let lines: Vec<_> = iter::once(reason).chain(states).collect();
-        Error::msg(lines.join("; "))
-    })?;
-    if let Some(unknown) = unknown {
-        log::warn!(
-            "the database has migration {unknown}, which this release does not know; a newer release is being rolled out"
-        );
-    }
-    Ok(())
-}
-
-const SELECT_SETUP_PROBLEMS: &str = "select explanation, mend from public.listing_setup_problem";
-
-/// What keeps the database from logging every price, each with the statement that repairs it.
-async fn setup_problems(cluster: &Cluster) -> Result<Vec<String>> {
-    let rows = cluster.read(SELECT_SETUP_PROBLEMS).await?;
-    let problem = |row: &Row| {
-        let (explanation, mend) = (row.try_get("explanation")?, row.try_get("mend")?);
-        let (explanation, mend): (&str, &str) = (explanation, mend);
-        Ok(format!("{explanation} Run: {mend}"))
-    };
-    rows.iter().map(problem).collect()
 }
 
 /// On each worker, an app with the worker's own database connections.

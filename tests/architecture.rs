@@ -7,7 +7,14 @@ use std::path::Path;
 use crate::support::in_checkout;
 
 /// Each module may import only modules further right. `main`, `lib` and `log_writer` are exempt.
-const LAYERS: [&str; 5] = ["service", "api admin", "http", "postgres", "settings types"];
+const LAYERS: [&str; 6] = [
+    "service",
+    "check",
+    "api admin",
+    "http",
+    "postgres",
+    "settings types",
+];
 const EXEMPT: [&str; 3] = ["main", "lib", "log_writer"];
 const FORBIDDEN_IN_POSTGRES: &str = "actix_web::http StatusCode ApiError public.listing api_key";
 

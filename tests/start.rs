@@ -193,6 +193,175 @@ async fn a_problem_of_the_setup_fails_the_check_and_is_logged_at_the_start() {
 }
 
 #[tokio::test]
+async fn a_statement_that_postgresql_would_refuse_fails_the_check_and_the_start() {
+    let grant = "run: grant listing_api to {role};";
+    let reset = "run: select public.reset_listing_access();";
+    let restore = "the schema is not as the migrations left it, restore it from a backup";
+    let refusals: [(&str, &[&str], &str); 8] = [
+        (
+            "drop table listing_price_log cascade",
+            &[
+                "PostgreSQL refuses GET /listings/{id}/prices: ERROR 42P01: relation \"public.listing_price_log\" does not exist",
+                "PostgreSQL refuses the check of the setup: ERROR 42P01: relation \"public.listing_setup_problem\" does not exist",
+            ],
+            restore,
+        ),
+        (
+            "alter table listing rename rooms_count to rooms",
+            &[
+                "PostgreSQL refuses GET /listings, GET /listings/{id}, PATCH /listings/{id}: ERROR 42703: column \"rooms_count\" does not exist",
+                "PostgreSQL refuses POST /listings: ERROR 42703: column \"rooms_count\" of relation \"listing\" does not exist",
+            ],
+            restore,
+        ),
+        (
+            "revoke listing_api from {role}; grant listing_auditor to {role}",
+            &[
+                "PostgreSQL refuses a lookup of API keys: ERROR 42501: permission denied for function find_api_keys",
+                "PostgreSQL refuses POST /listings, PATCH /listings/{id}, DELETE /listings/{id}: ERROR 42501: permission denied for table listing",
+            ],
+            grant,
+        ),
+        (
+            "revoke insert (owner) on listing from listing_api",
+            &[
+                "PostgreSQL refuses POST /listings: ERROR 42501: permission denied for table listing",
+            ],
+            reset,
+        ),
+        (
+            "revoke update (price) on listing from listing_api",
+            &[
+                "PostgreSQL refuses PATCH /listings/{id}: ERROR 42501: permission denied for table listing",
+            ],
+            reset,
+        ),
+        (
+            "revoke select on listing_price_log from listing_api",
+            &[
+                "PostgreSQL refuses GET /listings/{id}/prices: ERROR 42501: permission denied for table listing_price_log",
+            ],
+            reset,
+        ),
+        (
+            "revoke execute on function find_api_keys from listing_api",
+            &[
+                "PostgreSQL refuses a lookup of API keys: ERROR 42501: permission denied for function find_api_keys",
+            ],
+            reset,
+        ),
+        (
+            "revoke usage on sequence listing_id_seq from listing_api",
+            &[
+                "PostgreSQL refuses POST /listings: role {role} may not use the sequence public.listing_id_seq",
+            ],
+            reset,
+        ),
+    ];
+    for (cause, reasons, mend) in refusals {
+        let db = Database::migrated().await;
+        let url = db.service_url().await;
+        let login = format!("{}_login", db.name);
+        run(&db.superuser, &cause.replace("{role}", &login)).await;
+        let sentences = reasons.iter().map(|reason| format!("{reason}: {mend}"));
+        let sentences = sentences.collect::<Vec<_>>().join("\n");
+        let mut command = command(&url);
+        command.env("AUTH", "keys");
+        assert_refuses(command, &sentences.replace("{role}", &login));
+    }
+}
+
+#[tokio::test]
+async fn a_locked_table_fails_the_check_and_does_not_stop_the_start() {
+    let db = Database::migrated().await;
+    let url = db.service_url().await;
+    run(&db.superuser, "begin; lock table listing").await;
+    let limit = [("STATEMENT_TIMEOUT_MS", "300")];
+    let check = command(&url).arg("--check").envs(limit).output();
+    let check = check.expect("run --check");
+    let sentence =
+        "cannot verify GET /listings: ERROR 57014: canceling statement due to statement timeout";
+    assert_eq!(
+        (printed(&check), check.status.code()),
+        (format!("listing-api: {sentence}\n"), Some(1))
+    );
+    let service = Service::start_at(&url, &limit);
+    assert_eq!(service.logged(sentence).len(), 1);
+}
+
+#[tokio::test]
+async fn more_connections_than_a_server_allows_fail_the_check_and_are_logged_at_the_start() {
+    let db = Database::migrated().await;
+    let url = db.service_url().await;
+    let (server, database, role) = (db.address(), &db.name, format!("{}_login", db.name));
+    for (cause, allowed, mend) in [
+        (
+            "select".to_owned(),
+            "297 connections (max_connections, less the reserved ones)",
+            "raise max_connections".to_owned(),
+        ),
+        (
+            format!("alter database {database} connection limit 40"),
+            &format!("40 connections (connection limit of database {database})"),
+            format!("run: alter database {database} connection limit -1;"),
+        ),
+        (
+            format!("alter role {role} connection limit 30"),
+            &format!("30 connections (connection limit of role {role})"),
+            format!("run: alter role {role} connection limit -1;"),
+        ),
+    ] {
+        run(&db.superuser, &cause).await;
+        let settings = [("POOL_SIZE", "3999"), ("WORKERS", "2"), ("AUTH", "keys")];
+        let sentence = format!(
+            "{server} allows {allowed}, but this instance opens up to 4008: lower POOL_SIZE or WORKERS, or {mend}"
+        );
+        let check = command(&url).arg("--check").envs(settings).output();
+        let check = check.expect("run --check");
+        assert_eq!(
+            (printed(&check), check.status.code()),
+            (format!("listing-api: {sentence}\n"), Some(1))
+        );
+        let service = Service::start_at(&url, &settings);
+        assert_eq!(service.logged(&sentence).len(), 1);
+        assert_eq!(service.get("/listings/1").status, 404);
+    }
+    let replica = format!(
+        "{server} allows 30 connections (connection limit of role {role}), but this instance opens up to 40:"
+    );
+    let check = command(&url)
+        .arg("--check")
+        .env("DATABASE_READ_URL", &url)
+        .envs([("POOL_SIZE", "16"), ("WORKERS", "1"), ("AUTH", "keys")])
+        .output();
+    let check = printed(&check.expect("run --check"));
+    assert!(
+        check.contains(&replica) && check.lines().count() == 1,
+        "{check}"
+    );
+    let few = [("POOL_SIZE", "24"), ("WORKERS", "1"), ("AUTH", "off")];
+    let check = command(&url).arg("--check").envs(few).output();
+    assert_eq!(check.expect("run --check").status.code(), Some(0));
+}
+
+#[tokio::test]
+async fn a_primary_that_is_read_only_fails_the_check() {
+    let db = Database::migrated().await;
+    let url = db.service_url().await;
+    let read_only = format!(
+        "alter role {}_login set default_transaction_read_only = on",
+        db.name
+    );
+    run(&db.superuser, &read_only).await;
+    let check = command(&url).arg("--check").output().expect("run --check");
+    let sentence = format!(
+        "listing-api: no server of DATABASE_URL accepts writes: primary {} is read-only, not encrypted\n",
+        db.address()
+    );
+    assert_eq!((printed(&check), check.status.code()), (sentence, Some(1)));
+}
+
+#[tokio::test]
 async fn a_database_that_cannot_be_reached_is_reported_without_secrets() {
     let db = Database::migrated().await;
     let url = db.service_url().await;
@@ -280,7 +449,7 @@ async fn each_argument_prints_its_output() {
         assert_eq!(
             printed(&check),
             format!(
-                "primary {server} accepts writes\nsettings, database and schema are valid; {who}\n"
+                "primary {server} accepts writes, not encrypted\nsettings, database and schema are valid; {who}\n"
             )
         );
         assert!(check.status.success());
@@ -748,6 +917,11 @@ async fn tls_verifies_the_certificate_chain_and_the_host_name() {
         .env("DATABASE_CA_FILE", &ours)
         .output();
     let trusted = printed(&trusted.expect("run the program"));
+    assert!(
+        trusted.starts_with("primary localhost:")
+            && trusted.contains(" accepts writes, encrypted with TLSv1.3\n"),
+        "{trusted}"
+    );
     assert!(
         trusted.ends_with("settings, database and schema are valid; AUTH=off: anyone can write\n"),
         "{trusted}"

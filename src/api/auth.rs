@@ -28,7 +28,7 @@ pub struct Writer {
 /// `None`: no key is needed.
 pub struct Auth(Option<Lookup<KeyHash>>);
 
-const SELECT_KEYS: &str = "select key_sha256, id, owner from public.find_api_keys($1)";
+pub const SELECT_KEYS: &str = "select key_sha256, id, owner from public.find_api_keys($1)";
 
 impl Auth {
     /// Keys are looked up on the primary alone. A replica may not know new keys and revocations yet.

@@ -33,6 +33,20 @@ impl Filter {
         })
     }
 
+    /// A filter by everything.
+    pub fn by_everything() -> Self {
+        Self {
+            building_type: Some(String::new()),
+            country: Some(String::new()),
+            city: Some(String::new()),
+            postal_code: Some(String::new()),
+            min_price: Euros::parse("0").ok(),
+            max_price: Euros::parse("0").ok(),
+            min_surface: Some(0.0),
+            min_rooms: Some(0),
+        }
+    }
+
     /// The conditions of the given filters, and their values from parameter `first` on. An absent filter has no condition, so
     /// that PostgreSQL can use an index for the others.
     pub fn into_conditions(self, first: usize) -> (String, Vec<Value>) {

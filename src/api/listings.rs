@@ -357,6 +357,18 @@ pub async fn list(
     json_array::respond(response, &rows, write)
 }
 
+/// Every statement of this file, with a request that runs it.
+pub fn statements() -> Vec<(&'static str, String)> {
+    vec![
+        ("GET /listings", Page::new(Filter::by_everything()).sql),
+        ("POST /listings", INSERT.to_owned()),
+        ("GET /listings/{id}", SELECT_BY_ID.to_owned()),
+        ("PATCH /listings/{id}", UPDATE.to_owned()),
+        ("PATCH /listings/{id}", SELECT_MAY_WRITE.to_owned()),
+        ("DELETE /listings/{id}", DELETE.to_owned()),
+    ]
+}
+
 /// The statement for a page of a filtered list.
 struct Page {
     sql: String,

@@ -44,6 +44,21 @@ pub fn configure(config: &mut ServiceConfig, database: Database, auth: AuthMode)
         .default_service(web::to(no_such_path));
 }
 
+/// Every statement that the API runs, with a request that runs it.
+pub fn statements(auth: AuthMode) -> Vec<(&'static str, String)> {
+    let mut statements = listings::statements();
+    statements.extend(prices::statements());
+    if auth == AuthMode::Keys {
+        statements.push(("a lookup of API keys", auth::SELECT_KEYS.to_owned()));
+    }
+    statements
+}
+
+/// How many lookups each worker has on a replica, and on the primary. Each has a connection of its own.
+pub fn lookups(auth: AuthMode) -> (usize, usize) {
+    (2, 2 + usize::from(auth == AuthMode::Keys))
+}
+
 /// Every GET also answers HEAD.
 fn get() -> Route {
     web::route().guard(guard::Any(guard::Get()).or(guard::Head()))

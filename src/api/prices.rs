@@ -56,6 +56,14 @@ const SELECT_VERSION: &str = "select count(*), coalesce(max(id), 0) as last from
     where listing_id = $1 and id > $2 \
     and ($3::timestamptz is null or changed_at >= $3) and ($4::timestamptz is null or changed_at < $4)";
 
+/// Every statement of this file, with a request that runs it.
+pub fn statements() -> impl Iterator<Item = (&'static str, String)> {
+    let statements = [SELECT_BY_LISTING, SELECT_PAGE, SELECT_VERSION];
+    statements
+        .map(|sql| ("GET /listings/{id}/prices", sql.to_owned()))
+        .into_iter()
+}
+
 pub async fn list(
     request: HttpRequest,
     path: Path<String>,

@@ -13,6 +13,7 @@ mod error;
 mod lookup;
 mod monitor;
 mod pool;
+mod preflight;
 mod probe;
 mod replicas;
 mod row_queue;
@@ -26,11 +27,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::Result;
+use futures_util::future::join_all;
 use tokio_postgres::Row;
 use tokio_postgres::types::ToSql;
 
 pub use self::error::{Error, ErrorKind};
 pub use self::lookup::{Key, Rows};
+pub use self::preflight::{ConnectionLimit, Session};
 pub use self::server::State;
 pub use self::statement::Parameters;
 
@@ -39,6 +42,7 @@ use self::monitor::Monitor;
 use self::pool::{Pool, PoolStatus};
 use self::replicas::Sources;
 use self::row_queue::RowQueue;
+use self::server::Server;
 use self::statement::Access;
 use crate::settings::Settings;
 
@@ -73,6 +77,16 @@ pub struct ServerReport {
     /// `host:port`.
     pub name: String,
     pub state: State,
+}
+
+impl ServerReport {
+    fn new(role: &'static str, server: &Server) -> Self {
+        Self {
+            role,
+            name: server.name.clone(),
+            state: server.state(),
+        }
+    }
 }
 
 impl Display for ServerReport {
@@ -126,6 +140,22 @@ impl Cluster {
         self.check.run(sql, &[], Access::Read).await
     }
 
+    /// Fails if PostgreSQL would refuse a statement. Does not run it.
+    pub async fn explain(&self, sql: &str) -> Result<(), Error> {
+        self.check.explain(sql).await
+    }
+
+    /// What each server says about a session of the service. `None`: the server is down.
+    pub async fn sessions(&self) -> Vec<(ServerReport, Option<Result<Session, Error>>)> {
+        let ask = |(role, server): (_, Arc<Server>)| async move {
+            (
+                ServerReport::new(role, &server),
+                preflight::ask(&server).await,
+            )
+        };
+        join_all(self.monitor.servers().into_iter().map(ask)).await
+    }
+
     /// Whether the primary is up and accepts writes.
     pub fn accepts_writes(&self) -> bool {
         self.check.server().state().writable() == Some(true)
@@ -133,15 +163,12 @@ impl Cluster {
 
     pub fn report(&self) -> Report {
         let servers = self.monitor.servers().into_iter();
-        let server = |(role, server): (_, Arc<server::Server>)| ServerReport {
-            role,
-            name: server.name.clone(),
-            state: server.state(),
-        };
         let primaries = self.workers.iter().map(|pools| &pools.primary);
         let replicas = self.workers.iter().flat_map(|pools| &pools.replicas);
         Report {
-            servers: servers.map(server).collect(),
+            servers: servers
+                .map(|(role, server)| ServerReport::new(role, &server))
+                .collect(),
             pools: [("primary", sum(primaries)), ("replica", sum(replicas))],
         }
     }
