@@ -335,6 +335,35 @@ async fn hostile_strings_are_stored_as_strings() {
 }
 
 #[tokio::test]
+async fn a_trigger_before_a_statement_never_sees_the_actor_of_another_request() {
+    // One connection for all keys.
+    let settings = [("AUTH", "keys"), ("WORKERS", "1"), ("POOL_SIZE", "1")];
+    let service = Service::start_with(&settings).await;
+    let db = service.superuser();
+    let trigger = "create table seen (actor text); grant insert on seen to public; \
+        create function public.see() returns trigger language plpgsql as \
+            'begin insert into public.seen values (current_setting(''listing.actor'', true)); return null; end'; \
+        create trigger seen before insert or update or delete on listing for each statement execute function public.see()";
+    run(db, trigger).await;
+    for owner in ["a", "b"] {
+        let key = bearer(&create_key(db, owner).await);
+        let path = format!(
+            "/listings/{}",
+            service.send("POST", "/listings", &key, LOFT).id()
+        );
+        for (method, body) in [("PATCH", "{}"), ("PUT", LOFT), ("DELETE", "")] {
+            let status = service.send(method, &path, &key, body).status;
+            assert!([200, 204].contains(&status), "{method} {status}");
+        }
+        // The service sets the actor within the statement, so a trigger before it finds the writer's own or none.
+        let others =
+            format!("select coalesce(actor, '') from seen where actor not in ('', '{owner}')");
+        assert_eq!(rows(db, &others).await, [""; 0]);
+        assert_eq!(rows(db, "delete from seen returning 1").await, ["1"; 4]);
+    }
+}
+
+#[tokio::test]
 async fn a_write_is_logged_under_the_owner_of_its_key() {
     let db = Database::migrated().await;
     // The actor of the key overrides one that the DBA has set for the role.

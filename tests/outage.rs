@@ -4,8 +4,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::support::{
-    Cluster, JSON, LOFT, Link, Service, TWO_SECONDS, assert_no_problem, bearer, count_refused,
-    create_key, run, through, under_load, wait_for, within,
+    Cluster, JSON, LOFT, Link, Service, TWO_SECONDS, alter_system, assert_no_problem, bearer,
+    count_refused, create_key, run, through, under_load, value, wait_for, within,
 };
 
 fn with_four_listings(url: &str, settings: &[(&str, &str)]) -> Service {
@@ -63,6 +63,31 @@ async fn a_write_whose_response_is_lost_gets_503_and_is_not_repeated() {
     cluster.call("up");
     assert_eq!(client.receive("POST", "/listings").status, 503);
     cluster.wait_for("select count(*) from listing", "1").await;
+}
+
+#[tokio::test]
+async fn a_write_that_waits_for_a_standby_stays_invisible_when_its_client_disconnects_or_its_answer_is_late()
+ {
+    let cluster = Cluster::migrated();
+    cluster
+        .restart_with("set synchronous_standby_names = 'nobody'")
+        .await;
+    let settings = [("WORKERS", "1"), ("STATEMENT_TIMEOUT_MS", "500")];
+    let service = Service::start_at(&cluster.url, &settings);
+    let waiting = "select count(*) from pg_stat_activity where wait_event = 'SyncRep'";
+    let mut client = service.connect();
+    client.request("POST", "/listings", JSON, LOFT);
+    cluster.wait_for(waiting, "1").await;
+    drop(client);
+    assert_eq!(service.post(LOFT).status, 503);
+    // The only worker has long seen that the first client disconnected. The lists give a cancellation the time to arrive.
+    for _ in 0..100 {
+        assert_eq!(service.get("/listings").json(), serde_json::json!([]));
+    }
+    let superuser = cluster.superuser().await;
+    assert_eq!(value(&superuser, waiting).await, "2");
+    alter_system(&superuser, "reset synchronous_standby_names").await;
+    wait_for(&superuser, "select count(*) from listing", "2").await;
 }
 
 #[tokio::test]

@@ -8,7 +8,7 @@ use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 
 use crate::support::{
     Cluster, Connection, Database, JSON, LOFT, Service, TWO_SECONDS, WAITING, command, printed,
-    run, value, within,
+    rows, run, wait_for, within,
 };
 
 /// Asserts that the program prints exactly this sentence and ends within 10 s with exit code 1.
@@ -800,6 +800,74 @@ async fn a_statement_that_takes_too_long_gets_504_and_frees_its_connection() {
 }
 
 #[tokio::test]
+async fn a_role_that_does_not_wait_for_locks_gets_503_for_a_locked_listing() {
+    let db = Database::migrated().await;
+    let url = db.service_url().await;
+    let role = format!("alter role {}_login set lock_timeout = '100ms'", db.name);
+    run(&db.superuser, &role).await;
+    let service = Service::start_at(&url, &[]);
+    service.post(LOFT);
+    run(&db.superuser, "begin; update listing set price = 1").await;
+    let message = "another request is writing the same listing, try again";
+    let refused = service.patch("/listings/1", "{}");
+    assert_eq!(refused.error(), (503, message.to_owned()));
+    run(&db.superuser, "rollback").await;
+}
+
+#[tokio::test]
+async fn a_sequence_at_its_end_is_logged_with_the_command_that_helps() {
+    let service = Service::start().await;
+    let end = "select setval('listing_id_seq', 2147483647)";
+    run(service.superuser(), end).await;
+    let refused = service.post(LOFT);
+    assert_eq!(refused.error(), (500, "internal error".to_owned()));
+    let line = "reached maximum value of sequence \"listing_id_seq\" (2147483647): no row can be added until a DBA runs \
+        alter sequence, with a greater maxvalue, or with restart at a number from which on no row exists";
+    assert_eq!(service.logged(line).len(), 1);
+}
+
+#[tokio::test]
+async fn a_listing_that_another_table_needs_is_not_deleted() {
+    let service = Service::start().await;
+    let path = format!("/listings/{}", service.post(LOFT).id());
+    for on_delete in ["no action", "restrict"] {
+        let table = format!(
+            "create table visit (listing_id integer references listing on delete {on_delete}); \
+             insert into visit select id from listing"
+        );
+        run(service.superuser(), &table).await;
+        let refused = service.send("DELETE", &path, "", "");
+        let message = "a row of another table still needs listing 1";
+        assert_eq!(refused.error(), (409, message.to_owned()), "{on_delete}");
+        run(service.superuser(), "drop table visit").await;
+    }
+    assert_eq!(service.send("DELETE", &path, "", "").status, 204);
+}
+
+/// A trigger that adds settings of the session to a table.
+const NOTE_SETTINGS: &str = "create table public.noted (path text, plan_mode text);
+    grant insert on public.noted to public;
+    create function public.note() returns trigger language plpgsql as $$ begin
+        insert into public.noted values (current_setting('search_path'), current_setting('plan_cache_mode'));
+        return null;
+    end $$;
+    create trigger noted before insert on public.listing for each statement execute function public.note()";
+
+#[tokio::test]
+async fn an_option_in_the_url_wins_over_those_of_the_service_but_not_over_the_search_path() {
+    let db = Database::migrated().await;
+    run(&db.superuser, NOTE_SETTINGS).await;
+    let options = "?options=-c%20plan_cache_mode%3Dforce_custom_plan%20-c%20search_path%3Dpublic";
+    let url = db.service_url().await;
+    for (options, mode) in [("", "force_generic_plan"), (options, "force_custom_plan")] {
+        let service = Service::start_at(&format!("{}{options}", url.trim_end_matches('?')), &[]);
+        service.post(LOFT).id();
+        let noted = rows(&db.superuser, "delete from noted returning path, plan_mode").await;
+        assert_eq!(noted, [format!("pg_catalog,pg_temp|{mode}")]);
+    }
+}
+
+#[tokio::test]
 async fn the_first_read_of_a_locked_table_gets_504() {
     let settings = [
         ("CONNECT_TIMEOUT_MS", "1000"),
@@ -811,22 +879,50 @@ async fn the_first_read_of_a_locked_table_gets_504() {
 }
 
 #[tokio::test]
-async fn a_request_whose_client_hangs_up_is_cancelled() {
+async fn a_read_whose_client_hangs_up_is_cancelled() {
     let settings = [
         ("POOL_SIZE", "1"),
         ("WORKERS", "1"),
         ("STATEMENT_TIMEOUT_MS", "60000"),
     ];
     let service = Service::start_with(&settings).await;
+    run(service.superuser(), "begin; lock table listing").await;
+    let mut connection = service.connect();
+    connection.request("GET", "/listings", "", "");
+    service.db().wait_for(WAITING, "1").await;
+    drop(connection);
+    service.db().wait_for(WAITING, "0").await;
+    run(service.superuser(), "rollback").await;
+    assert_eq!(service.get("/listings").status, 200);
+}
+
+#[tokio::test]
+async fn a_write_whose_client_hangs_up_is_done_and_keeps_its_connection_until_then() {
+    let settings = [
+        ("POOL_SIZE", "2"),
+        ("WORKERS", "1"),
+        ("POOL_WAIT_MS", "200"),
+        ("STATEMENT_TIMEOUT_MS", "60000"),
+    ];
+    let service = Service::start_with(&settings).await;
     service.post(LOFT);
     service.post(LOFT);
     drop(patch_that_waits(&service).await);
-    service.db().wait_for(WAITING, "0").await;
-    // The only connection of the pool serves the next request, although the row is still locked.
+    // It also keeps its place in the queue of the row, so further writes of the row take no connection.
+    for _ in 0..3 {
+        let refused = service.patch("/listings/1", "{}").error();
+        let message = "another request is writing the same listing, try again";
+        assert_eq!(refused, (503, message.to_owned()));
+    }
+    service.db().wait_for(WAITING, "1").await;
+    let size = |size| format!("database_pool_size{{part=\"primary\"}} {size}\n");
     assert_eq!(service.patch("/listings/2", "{}").status, 200);
-    run(service.superuser(), "rollback").await;
+    assert!(service.admin("/metrics").text().contains(&size(2)));
+    run(service.superuser(), "commit").await;
     let written = "select count(*) from listing where updated_date <> created_date and id = 1";
-    assert_eq!(value(service.superuser(), written).await, "0");
+    wait_for(service.superuser(), written, "1").await;
+    assert_eq!(service.patch("/listings/1", "{}").status, 200);
+    assert!(service.admin("/metrics").text().contains(&size(2)));
 }
 
 /// A PATCH of listing 1 in flight. It waits for the open transaction of the superuser.

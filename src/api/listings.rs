@@ -14,7 +14,7 @@ use super::listing_input::Input;
 use crate::http::error::ApiError;
 use crate::http::query::Query;
 use crate::http::{body, conditional, json_array};
-use crate::postgres::{Database, Lookup, Parameters, Rows, Value};
+use crate::postgres::{Database, ErrorKind, Lookup, Parameters, Rows, Value};
 use crate::types::euros::Euros;
 use crate::types::timestamp::Timestamp;
 
@@ -285,7 +285,14 @@ pub async fn delete(
     let id = parse_id(&path)?;
     let versions = conditional::expected_versions(&request);
     let values: Parameters = &[&id, &versions, &owner, &actor];
-    let rows = database.write(Some(id), DELETE, values).await?;
+    let rows = database.write(Some(id), DELETE, values).await;
+    let rows = rows.map_err(|error| match error.kind {
+        ErrorKind::ForeignKey => {
+            let message = format!("a row of another table still needs listing {id}");
+            ApiError::new(StatusCode::CONFLICT, message)
+        }
+        _ => error.into(),
+    })?;
     if rows.is_empty() {
         return Err(why_not_written(&database, id, versions, owner).await);
     }

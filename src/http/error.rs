@@ -81,7 +81,9 @@ impl From<postgres::Error> for ApiError {
                 StatusCode::GATEWAY_TIMEOUT,
                 "the database took too long to answer",
             ),
-            ErrorKind::Internal => (StatusCode::INTERNAL_SERVER_ERROR, "internal error"),
+            ErrorKind::ForeignKey | ErrorKind::Internal => {
+                (StatusCode::INTERNAL_SERVER_ERROR, "internal error")
+            }
         };
         // A full queue is no failure to look into, and would fill the log.
         let cause = (error.kind != ErrorKind::QueueFull).then(|| error.to_string());

@@ -57,14 +57,13 @@ pub fn address(config: &Config) -> String {
 pub fn with_session_settings(mut config: Config, settings: &Settings) -> Config {
     // A generic plan always uses the index of a filter, also when statistics favour another path. A short batch of ids is not
     // worth a plan of its own.
-    // The path does not contain public, so no function or operator that is placed there is ever called.
-    let ours = format!(
-        "-c statement_timeout={} -c plan_cache_mode=force_generic_plan -c search_path=pg_catalog,pg_temp",
-        settings.statement_timeout.as_millis()
+    // The path does not contain public, so no function or operator that is placed there is ever called. PostgreSQL uses the last
+    // of several values. So an option of the URL wins over the settings before it, but not over the path.
+    let options = format!(
+        "-c statement_timeout={} -c plan_cache_mode=force_generic_plan {} -c search_path=pg_catalog,pg_temp",
+        settings.statement_timeout.as_millis(),
+        config.get_options().unwrap_or_default()
     );
-    let options = config
-        .get_options()
-        .map_or(ours.clone(), |options| format!("{options} {ours}"));
     config
         .options(options)
         .application_name("listing-api")

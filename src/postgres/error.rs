@@ -24,6 +24,8 @@ pub enum ErrorKind {
     Conflict,
     /// The statement ran into its time limit.
     TimedOut,
+    /// A foreign key does not hold: a row of another table refers to this one, or this one refers to a row that is missing.
+    ForeignKey,
     /// PostgreSQL refused the statement, or its result cannot be read.
     Internal,
 }
@@ -62,7 +64,7 @@ impl StdError for Error {}
 impl From<tokio_postgres::Error> for Error {
     fn from(error: tokio_postgres::Error) -> Self {
         // One line, without the detail, which quotes rows.
-        let cause = error.as_db_error().map_or_else(
+        let mut cause = error.as_db_error().map_or_else(
             || describe(&error),
             |refusal| {
                 format!(
@@ -75,12 +77,22 @@ impl From<tokio_postgres::Error> for Error {
         );
         let kind = match error.code() {
             Some(&SqlState::QUERY_CANCELED) => ErrorKind::TimedOut,
-            Some(&(SqlState::T_R_SERIALIZATION_FAILURE | SqlState::T_R_DEADLOCK_DETECTED)) => {
-                ErrorKind::Conflict
+            Some(
+                &(SqlState::T_R_SERIALIZATION_FAILURE
+                | SqlState::T_R_DEADLOCK_DETECTED
+                | SqlState::LOCK_NOT_AVAILABLE),
+            ) => ErrorKind::Conflict,
+            // With `on delete restrict`, PostgreSQL 18 reports the second.
+            Some(&(SqlState::FOREIGN_KEY_VIOLATION | SqlState::RESTRICT_VIOLATION)) => {
+                ErrorKind::ForeignKey
             }
             _ if connection_is_lost(&error) => ErrorKind::Unavailable,
             _ => ErrorKind::Internal,
         };
+        if error.code() == Some(&SqlState::SEQUENCE_GENERATOR_LIMIT_EXCEEDED) {
+            cause += ": no row can be added until a DBA runs alter sequence, with a greater maxvalue, \
+                or with restart at a number from which on no row exists";
+        }
         Self { kind, cause }
     }
 }

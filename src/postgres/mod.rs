@@ -137,7 +137,7 @@ impl Cluster {
 
     /// Runs a statement on the primary, outside the pools of the workers.
     pub async fn read(&self, sql: &str) -> Result<Vec<Row>, Error> {
-        self.check.run(sql, &[], Access::Read).await
+        self.check.read(sql, &[]).await
     }
 
     /// Fails if PostgreSQL would refuse a statement. Does not run it.
@@ -188,7 +188,7 @@ fn sum<'a>(pools: impl Iterator<Item = &'a Pool>) -> PoolStatus {
 /// The databases of one worker.
 pub struct Database {
     pools: Sources<Pool>,
-    rows: RowQueue,
+    rows: Arc<RowQueue>,
     queue_size: usize,
 }
 
@@ -200,7 +200,7 @@ impl Database {
         parameters: Parameters<'_>,
         is_fresh: impl Fn(&Vec<Row>) -> bool,
     ) -> Result<Vec<Row>, Error> {
-        let read = async |pool: &Pool| pool.run(sql, parameters, Access::Read).await;
+        let read = async |pool: &Pool| pool.read(sql, parameters).await;
         self.pools.read(read, is_fresh).await
     }
 
@@ -209,7 +209,7 @@ impl Database {
         sql: &str,
         parameters: Parameters<'_>,
     ) -> Result<Vec<Row>, Error> {
-        self.pools.primary.run(sql, parameters, Access::Read).await
+        self.pools.primary.read(sql, parameters).await
     }
 
     /// Writes in a transaction of its own. Writers that name the same row wait for each other before they take a connection.
@@ -219,11 +219,11 @@ impl Database {
         sql: &str,
         parameters: Parameters<'_>,
     ) -> Result<Vec<Row>, Error> {
-        let _lock = match row {
-            Some(id) => Some(self.rows.lock(id).await?),
+        let lock = match row {
+            Some(id) => Some(Arc::new(self.rows.lock(id).await?)),
             None => None,
         };
-        self.pools.primary.run(sql, parameters, Access::Write).await
+        self.pools.primary.write(sql, parameters, lock).await
     }
 
     /// A batched read from replicas and primary. `sql` takes an array of keys and returns rows whose first column is their key.

@@ -2,9 +2,10 @@
 //!
 //! A statement is retried once if it certainly was not run. A read is also retried if its connection was lost.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use deadpool_postgres::{Object, PoolError};
+use deadpool_postgres::{ClientWrapper, Object, PoolError};
 use tokio::time::timeout;
 use tokio_postgres::Row;
 use tokio_postgres::types::ToSql;
@@ -12,6 +13,7 @@ use tokio_postgres_rustls::MakeRustlsConnect;
 
 use super::error::{Error, connection_is_lost, describe, is_refusal, statement_is_stale};
 use super::pool::Pool;
+use super::row_queue::RowLock;
 use super::server::Server;
 
 pub type Parameters<'a> = &'a [&'a (dyn ToSql + Sync)];
@@ -42,28 +44,52 @@ impl From<Error> for Failure {
 
 impl Pool {
     /// Gives the connection back before it returns.
-    pub async fn run(
+    pub async fn read(&self, sql: &str, parameters: Parameters<'_>) -> Result<Vec<Row>, Error> {
+        self.run(sql, parameters, Access::Read, None).await
+    }
+
+    /// The same for a write. It holds the lock until it has ended, also if this future is dropped before.
+    pub async fn write(
+        &self,
+        sql: &str,
+        parameters: Parameters<'_>,
+        lock: Option<Arc<RowLock>>,
+    ) -> Result<Vec<Row>, Error> {
+        self.run(sql, parameters, Access::Write, lock).await
+    }
+
+    async fn run(
         &self,
         sql: &str,
         parameters: Parameters<'_>,
         access: Access,
+        lock: Option<Arc<RowLock>>,
     ) -> Result<Vec<Row>, Error> {
-        let attempt = match self.attempt(sql, parameters, access, None).await {
-            Err(failure) if failure.retry => {
-                self.attempt(sql, parameters, access, failure.lost_at).await
-            }
-            attempt => attempt,
+        let attempt = async |connected_after| {
+            let in_flight = InFlight {
+                client: None,
+                access,
+                lock: lock.clone(),
+                tls: &self.tls,
+            };
+            self.attempt(sql, parameters, in_flight, connected_after)
+                .await
         };
-        attempt.map_err(|failure| failure.error)
+        let result = match attempt(None).await {
+            Err(failure) if failure.retry => attempt(failure.lost_at).await,
+            result => result,
+        };
+        result.map_err(|failure| failure.error)
     }
 
     async fn attempt(
         &self,
         sql: &str,
         parameters: Parameters<'_>,
-        access: Access,
+        mut in_flight: InFlight<'_>,
         connected_after: Option<Instant>,
     ) -> Result<Vec<Row>, Failure> {
+        let access = in_flight.access;
         let queued = self.queue.try_acquire().map_err(|_| Error::queue_full())?;
         let (server, _read) = match access {
             Access::Write => (self.writable().await?, None),
@@ -76,10 +102,6 @@ impl Pool {
         };
         let client = self.check_out(&server, connected_after).await?;
         drop(queued);
-        let mut in_flight = InFlight {
-            client: None,
-            tls: &self.tls,
-        };
         let client = in_flight.client.insert(client);
         let mut sent = false;
         let answer = query(client, sql, parameters, &mut sent);
@@ -154,10 +176,15 @@ async fn query(
 
 /// A pooled connection with a statement in flight.
 ///
-/// If it is dropped before the statement ended, because the client disconnected or the answer is late, the statement is
-/// cancelled and the connection closed. The driver would otherwise finish the statement while the next request waits for it.
+/// The client may disconnect or the answer be late before the statement ended. A read is then cancelled and its connection
+/// closed: the driver would otherwise finish the statement while the next request waits for it.
+///
+/// A write runs to its end, and its connection keeps its place in the pool until then. If PostgreSQL cancels a commit that
+/// waits for its synchronous standby, the commit becomes visible, and a promotion may still undo it.
 struct InFlight<'a> {
     client: Option<Object>,
+    access: Access,
+    lock: Option<Arc<RowLock>>,
     tls: &'a MakeRustlsConnect,
 }
 
@@ -170,7 +197,7 @@ impl InFlight<'_> {
 
 impl Drop for InFlight<'_> {
     fn drop(&mut self) {
-        let Some(client) = self.client.take().map(Object::take) else {
+        let Some(client) = self.client.take() else {
             return;
         };
         // Without a runtime the process is ending.
@@ -180,16 +207,27 @@ impl Drop for InFlight<'_> {
         if client.is_closed() {
             return;
         }
-        let (cancel, tls) = (client.cancel_token(), self.tls.clone());
-        runtime.spawn(async move {
-            let cancelled = async {
-                cancel.cancel_query(tls).await?;
-                // Keeps the connection until the statement has ended: a pooler forgets the statement of a closed one.
-                client.batch_execute("").await
-            };
-            if let Ok(Err(error)) = timeout(Duration::from_secs(5), cancelled).await {
-                log::debug!("a statement was not cancelled: {}", describe(&error));
-            }
-        });
+        match self.access {
+            Access::Read => runtime.spawn(cancel(Object::take(client), self.tls.clone())),
+            Access::Write => runtime.spawn(finish(client, self.lock.take())),
+        };
+    }
+}
+
+async fn cancel(client: ClientWrapper, tls: MakeRustlsConnect) {
+    let cancelled = async {
+        client.cancel_token().cancel_query(tls).await?;
+        // Keeps the connection until the statement has ended: a pooler forgets the statement of a closed one.
+        client.batch_execute("").await
+    };
+    if let Ok(Err(error)) = timeout(Duration::from_secs(5), cancelled).await {
+        log::debug!("a statement was not cancelled: {}", describe(&error));
+    }
+}
+
+/// Waits for the end of a write. It has no time limit: the connection closes if its server goes down.
+async fn finish(client: Object, _lock: Option<Arc<RowLock>>) {
+    if let Err(error) = client.batch_execute("").await {
+        log::debug!("a write was lost: {}", describe(&error));
     }
 }
