@@ -3,14 +3,17 @@
 //! One table, [`SETTINGS`], feeds parsing, `--help` and docs/configuration.md.
 
 use std::env;
+use std::error::Error;
 use std::fmt::{self, Display};
-use std::net::SocketAddr;
+use std::fs;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use tokio_postgres::Config;
+use tokio_postgres::config::{Host, SslMode};
 
 pub struct Setting {
     pub name: &'static str,
@@ -28,9 +31,12 @@ const fn setting(name: &'static str, meaning: &'static str, default: &'static st
 }
 
 #[rustfmt::skip]
-pub const SETTINGS: [Setting; 17] = [
-    setting("DATABASE_URL", "postgres://user:password@host:port/database; for several hosts host:port,host:port/database?target_session_attrs=read-write", "required"),
+pub const SETTINGS: [Setting; 20] = [
+    setting("DATABASE_URL", "postgres://user:password@host:port/database; for several hosts host:port,host:port/database?target_session_attrs=read-write", "required, or DATABASE_URL_FILE"),
     setting("DATABASE_READ_URL", "read replicas, in the same form", "none"),
+    setting("DATABASE_URL_FILE", "file that contains the DATABASE_URL", "none"),
+    setting("DATABASE_READ_URL_FILE", "file that contains the DATABASE_READ_URL", "none"),
+    setting("DATABASE_PASSWORD_FILE", "file that contains the password, if the URLs have none", "none"),
     setting("REPLICA_LAG_MS", "maximum lag of a replica that may answer reads", "5000"),
     setting("DATABASE_CA_FILE", "PEM file of the certificate authorities for TLS to the database", "authorities of the system"),
     setting("LISTEN_ADDR", "address and port of the API", "127.0.0.1:8080"),
@@ -57,7 +63,7 @@ pub fn help() -> String {
             meaning,
             default,
         } = setting;
-        format!("{name:20}  {meaning}\n{:20}  default: {default}\n", "")
+        format!("{name:22}  {meaning}\n{:22}  default: {default}\n", "")
     };
     SETTINGS.iter().map(line).collect()
 }
@@ -110,16 +116,14 @@ impl Settings {
         // An instance fits into the 100 connections that PostgreSQL allows by default.
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let workers = count("WORKERS", cores.min(8))?;
+        let ca_file = path("DATABASE_CA_FILE");
+        let database = |name| database(name, ca_file.is_some());
         Ok(Self {
-            database: database("DATABASE_URL")?,
-            replicas: match value("DATABASE_READ_URL")? {
-                Some(_) => database("DATABASE_READ_URL")?,
-                None => Vec::new(),
-            },
+            database: database("DATABASE_URL")?
+                .with_context(|| format!("DATABASE_URL is not set: {URL_FORM}"))?,
+            replicas: database("DATABASE_READ_URL")?.unwrap_or_default(),
             replica_lag: milliseconds("REPLICA_LAG_MS", 1)?,
-            ca_file: env::var_os("DATABASE_CA_FILE")
-                .filter(|file| !file.is_empty())
-                .map(PathBuf::from),
+            ca_file,
             listen,
             admin: parsed("ADMIN_ADDR", "an address and a port")?,
             auth: auth(listen)?,
@@ -178,23 +182,118 @@ fn milliseconds(name: &str, min: u64) -> Result<Duration> {
     Ok(Duration::from_millis(number))
 }
 
-/// The URL once for each host. It contains a password, so no message repeats it.
-fn database(name: &str) -> Result<Vec<Config>> {
-    const FORM: &str = "must be postgres://user:password@host:port/database";
-    let url = value(name)?.with_context(|| format!("{name} is not set: {FORM}"))?;
-    let configs: Result<Vec<Config>, _> = url_of_each_host(&url)
-        .iter()
-        .map(|url| url.parse())
-        .collect();
-    let configs = configs.map_err(|_| anyhow!("{name} is not a valid URL: {FORM}"))?;
-    for config in &configs {
-        ensure!(!config.get_hosts().is_empty(), "{name} has no host: {FORM}");
+fn path(name: &str) -> Option<PathBuf> {
+    let path = env::var_os(name).filter(|path| !path.is_empty());
+    path.map(PathBuf::from)
+}
+
+/// The content of the file that a setting names, without one newline at its end. It is a secret, so no message repeats it.
+fn content(name: &str) -> Result<Option<Vec<u8>>> {
+    let Some(path) = path(name) else {
+        return Ok(None);
+    };
+    let name = || format!("{name}={}", path.display());
+    let mut content = fs::read(&path).with_context(|| format!("cannot read {}", name()))?;
+    for end in [b'\n', b'\r'] {
+        content.pop_if(|last| *last == end);
+    }
+    ensure!(!content.is_empty(), "{} is an empty file", name());
+    Ok(Some(content))
+}
+
+const URL_FORM: &str = "must be postgres://user:password@host:port/database";
+
+/// The URL once for each host, from a setting or its file. It contains a password, so no message repeats it.
+fn database(name: &str, has_ca_file: bool) -> Result<Option<Vec<Config>>> {
+    let file = format!("{name}_FILE");
+    let url = match (value(name)?, content(&file)?) {
+        (None, None) => return Ok(None),
+        (Some(_), Some(_)) => bail!("{name} and {file} are both set: unset one of them"),
+        (Some(url), None) => url,
+        (None, Some(url)) => {
+            String::from_utf8(url).map_err(|_| anyhow!("{file} is invalid: must be UTF-8"))?
+        }
+    };
+    let password = content("DATABASE_PASSWORD_FILE")?;
+    let (url, ssl_mode) = take_ssl_mode(name, &url)?;
+    let config = |url: String| {
+        let scheme = ["postgres://", "postgresql://"].iter();
+        let is_url = scheme.into_iter().any(|scheme| url.starts_with(scheme));
+        let config = url.parse().map_err(|error| option_at_fault(&url, &error));
+        let mut config: Config =
+            config.map_err(|option| anyhow!("{name} is not a valid URL{option}: {URL_FORM}"))?;
+        ensure!(is_url, "{name} is not a valid URL: {URL_FORM}");
+        ensure!(
+            !config.get_hosts().is_empty(),
+            "{name} has no host: {URL_FORM}"
+        );
         ensure!(
             config.get_dbname().is_some(),
-            "{name} has no database: {FORM}"
+            "{name} has no database: {URL_FORM}"
         );
+        if let Some(password) = &password {
+            let conflict =
+                "contains a password and DATABASE_PASSWORD_FILE is set: remove one of them";
+            ensure!(config.get_password().is_none(), "{name} {conflict}");
+            config.password(password);
+        }
+        let default = if has_ca_file || !is_local(&config) {
+            SslMode::Require
+        } else {
+            SslMode::Prefer
+        };
+        config.ssl_mode(ssl_mode.unwrap_or(default));
+        Ok(config)
+    };
+    let configs: Result<_> = url_of_each_host(&url).into_iter().map(config).collect();
+    configs.map(Some)
+}
+
+/// Removes `sslmode` from a URL: the driver does not know all its values. With TLS, the service always verifies the certificate
+/// chain and the host name. So `require` and `verify-ca` mean the same as `verify-full`.
+fn take_ssl_mode(name: &str, url: &str) -> Result<(String, Option<SslMode>)> {
+    let Some((address, options)) = url.rsplit_once('?') else {
+        return Ok((url.to_owned(), None));
+    };
+    let (modes, others): (Vec<_>, Vec<_>) = options
+        .split('&')
+        .partition(|option| option.starts_with("sslmode="));
+    let mode = match modes.last().copied() {
+        None => None,
+        Some("sslmode=disable") => Some(SslMode::Disable),
+        Some("sslmode=prefer") => Some(SslMode::Prefer),
+        Some("sslmode=require" | "sslmode=verify-ca" | "sslmode=verify-full") => {
+            Some(SslMode::Require)
+        }
+        Some(_) => bail!(
+            "{name} has an invalid sslmode: must be disable, prefer, require, verify-ca or verify-full"
+        ),
+    };
+    Ok((format!("{address}?{}", others.join("&")), mode))
+}
+
+/// The option that a URL must not have, as part of a sentence. Empty if the name could be a piece of a password.
+fn option_at_fault(url: &str, error: &tokio_postgres::Error) -> String {
+    let reason = error.source().map(ToString::to_string).unwrap_or_default();
+    let names_option = reason.contains(" option `");
+    let is_clear = ["@", "?"].iter().all(|mark| url.matches(mark).count() <= 1);
+    if names_option && is_clear {
+        format!(" ({})", reason.replace('`', ""))
+    } else {
+        String::new()
     }
-    Ok(configs)
+}
+
+/// Whether every host is this machine.
+fn is_local(config: &Config) -> bool {
+    let is_loopback = |address: &IpAddr| address.to_canonical().is_loopback();
+    let is_local = |host: &Host| match host {
+        Host::Tcp(name) => {
+            name == "localhost" || name.parse().is_ok_and(|address| is_loopback(&address))
+        }
+        Host::Unix(_) => true,
+    };
+    config.get_hosts().iter().all(is_local) && config.get_hostaddrs().iter().all(is_loopback)
 }
 
 /// `postgres://user@one,two/database` as one URL for each host.

@@ -8,7 +8,7 @@ use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 
 use crate::support::{
     Cluster, Connection, Database, JSON, LOFT, Service, TWO_SECONDS, WAITING, command, printed,
-    rows, run, wait_for, within,
+    rows, run, value, wait_for, within,
 };
 
 /// Asserts that the program prints exactly this sentence and ends within 10 s with exit code 1.
@@ -34,6 +34,36 @@ fn an_invalid_setting_is_reported_with_its_value_and_the_valid_form() {
             "DATABASE_URL",
             "postgres://u:secret@h",
             "DATABASE_URL has no database: must be postgres://user:password@host:port/database",
+        ),
+        (
+            "DATABASE_URL",
+            "postgres://u:secret@h/d?sslrootcert=x",
+            "DATABASE_URL is not a valid URL (unknown option sslrootcert): must be postgres://user:password@host:port/database",
+        ),
+        (
+            "DATABASE_URL",
+            "postgres://u:p@ss?secret=@h/d",
+            "DATABASE_URL is not a valid URL: must be postgres://user:password@host:port/database",
+        ),
+        (
+            "DATABASE_READ_URL",
+            "postgres://u:secret@h/d?sslmode=allow",
+            "DATABASE_READ_URL has an invalid sslmode: must be disable, prefer, require, verify-ca or verify-full",
+        ),
+        (
+            "DATABASE_URL_FILE",
+            "/nowhere",
+            "cannot read DATABASE_URL_FILE=/nowhere: No such file or directory",
+        ),
+        (
+            "DATABASE_URL_FILE",
+            "Cargo.toml",
+            "DATABASE_URL and DATABASE_URL_FILE are both set: unset one of them",
+        ),
+        (
+            "DATABASE_PASSWORD_FILE",
+            "/dev/null",
+            "DATABASE_PASSWORD_FILE=/dev/null is an empty file",
         ),
         (
             "LISTEN_ADDR",
@@ -1002,35 +1032,29 @@ async fn tls_verifies_the_certificate_chain_and_the_host_name() {
         run(&superuser, &write).await;
     }
     cluster.restart_with("set ssl = on").await;
+    let superuser = cluster.superuser().await;
 
-    let by_name = format!(
-        "{}?sslmode=require",
-        cluster.url.replace("127.0.0.1", "localhost")
-    );
-    let by_address = format!("{}?sslmode=require", cluster.url);
-    let trusted = command(&by_name)
-        .arg("--check")
-        .env("DATABASE_CA_FILE", &ours)
-        .output();
-    let trusted = printed(&trusted.expect("run the program"));
-    assert!(
-        trusted.starts_with("primary localhost:")
-            && trusted.contains(" accepts writes, encrypted with TLSv1.3\n"),
-        "{trusted}"
-    );
-    assert!(
-        trusted.ends_with("settings, database and schema are valid; AUTH=off: anyone can write\n"),
-        "{trusted}"
-    );
-    for (url, ca_file, reason) in [
-        (&by_name, &theirs, "invalid peer certificate"),
-        (
-            &by_address,
-            &ours,
-            "certificate not valid for name \"127.0.0.1\"",
-        ),
+    let url = |host, mode| format!("{}{mode}", cluster.url.replace("127.0.0.1", host));
+    for mode in [
+        "",
+        "?sslmode=prefer",
+        "?sslmode=require",
+        "?sslmode=verify-ca",
+        "?sslmode=verify-full",
     ] {
-        let output = command(url)
+        let ca_file = [("DATABASE_CA_FILE", ours.to_str().expect("a path in UTF-8"))];
+        let service = Service::start_at(&url("localhost", mode), &ca_file);
+        assert_eq!(service.logged(" accepts writes, encrypted with TLSv1.3").len(), 1);
+        let encrypted = "select distinct ssl from pg_stat_ssl join pg_stat_activity using (pid) where application_name = 'listing-api'";
+        assert_eq!(value(&superuser, encrypted).await, "t", "{mode}");
+    }
+    let not_valid = "certificate not valid for name \"127.0.0.1\"";
+    for (url, ca_file, reason) in [
+        (url("localhost", ""), &theirs, "invalid peer certificate"),
+        (url("127.0.0.1", ""), &ours, not_valid),
+        (url("127.0.0.1", "?sslmode=verify-ca"), &ours, not_valid),
+    ] {
+        let output = command(&url)
             .arg("--check")
             .env("DATABASE_CA_FILE", ca_file)
             .output()
@@ -1046,4 +1070,74 @@ async fn tls_verifies_the_certificate_chain_and_the_host_name() {
             "{refused}"
         );
     }
+}
+
+#[tokio::test]
+async fn a_server_without_tls_gets_no_password_unless_sslmode_allows_it() {
+    let db = Database::migrated().await;
+    let url = db.service_url().await;
+    let url = url.trim_end_matches('?');
+    // Reaches this machine, but is not a loopback address.
+    let beyond = url.replace("127.0.0.1", "0.0.0.0");
+    // Any authority is enough for this.
+    let key = KeyPair::generate().expect("generate a key");
+    let authority = CertificateParams::new([]).expect("certificate parameters");
+    let authority = authority.self_signed(&key).expect("sign the authority");
+    let ca_file = tempfile::NamedTempFile::new().expect("create a file");
+    std::fs::write(ca_file.path(), authority.pem()).expect("write a file");
+    for (url, ca_file) in [
+        (&*beyond, None),
+        (url, Some(("DATABASE_CA_FILE", ca_file.path()))),
+        (&format!("{url}?sslmode=verify-full"), None),
+    ] {
+        let output = command(url).arg("--check").envs(ca_file).output();
+        let output = printed(&output.expect("run the program"));
+        assert!(output.contains("server does not support TLS"), "{output}");
+    }
+    for url in [
+        url.to_owned(),
+        format!("{beyond}?sslmode=prefer"),
+        format!("{beyond}?sslmode=disable"),
+    ] {
+        let service = Service::start_at(&url, &[]);
+        assert_eq!(service.logged(" accepts writes, not encrypted").len(), 1);
+    }
+}
+
+#[tokio::test]
+async fn urls_and_the_password_may_come_from_files() {
+    let db = Database::migrated().await;
+    let url = db.service_url().await;
+    let password = " p/a?s@s:w#ö%20'rd\\ ";
+    let role = format!(
+        "alter role {}_login password '{}'",
+        db.name,
+        password.replace('\'', "''")
+    );
+    run(&db.superuser, &role).await;
+    let folder = tempfile::tempdir().expect("create a folder");
+    let file = |name: &str, content: &str| {
+        let path = folder.path().join(name);
+        std::fs::write(&path, content).expect("write a file");
+        path
+    };
+    let url_file = file("url", &format!("{}\n", url.replace(":secret", "")));
+    let password_file = file("password", &format!("{password}\n"));
+    let mut command = command("");
+    command
+        .env("DATABASE_URL_FILE", &url_file)
+        .env("DATABASE_READ_URL_FILE", &url_file)
+        .env("DATABASE_PASSWORD_FILE", &password_file)
+        .env("RUST_LOG", "debug");
+    let service = Service::run(command, &url, None);
+    assert_eq!(service.post(LOFT).status, 201);
+    assert_eq!(service.logged("replica").len(), 1);
+    assert!(!service.log().concat().contains("s@s"));
+
+    let mut twice = self::command(&url);
+    twice.env("DATABASE_PASSWORD_FILE", &password_file);
+    assert_refuses(
+        twice,
+        "DATABASE_URL contains a password and DATABASE_PASSWORD_FILE is set: remove one of them",
+    );
 }
