@@ -12,7 +12,6 @@ use super::connect::connect;
 use super::error::{Error, describe};
 use super::pool::Pool;
 use super::server::Server;
-use super::statement::Access;
 
 /// What a server says about a session of the service.
 pub struct Session {
@@ -59,7 +58,7 @@ impl Pool {
         let parameters = (1..).take_while(|number| sql.contains(&format!("${number}")));
         let nulls: Vec<_> = parameters.map(|_| &Null as &(dyn ToSql + Sync)).collect();
         let explain = format!("explain (costs off) {sql}");
-        self.run(&explain, &nulls, Access::Read).await.map(drop)
+        self.read(&explain, &nulls).await.map(drop)
     }
 }
 
