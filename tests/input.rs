@@ -176,7 +176,7 @@ async fn a_field_that_breaks_a_rule_gets_422_with_its_name() {
         (
             r#""rooms_count":2"#,
             r#""rooms_count":2.7"#,
-            &format!("rooms_count: {number}"),
+            "rooms_count: must be an integer",
         ),
         (
             r#""rooms_count":2"#,
@@ -202,6 +202,11 @@ async fn a_field_that_breaks_a_rule_gets_422_with_its_name() {
             r#""bedrooms_count":1"#,
             r#""bedrooms_count":-1"#,
             "bedrooms_count: must be 0 or more",
+        ),
+        (
+            r#""bedrooms_count":1"#,
+            r#""bedrooms_count":1.5"#,
+            "bedrooms_count: must be an integer",
         ),
         (
             "+33123456789",
@@ -478,6 +483,16 @@ async fn a_parameter_that_breaks_a_rule_gets_400_with_its_name() {
             "max_price: must have at most 2 decimals",
         ),
         ("/listings?max_price=x", "max_price: must be a number"),
+        ("/listings?min_price=0ejunk", "min_price: must be a number"),
+        ("/listings?min_price=0e", "min_price: must be a number"),
+        (
+            "/listings?a&b&c&d&e&f&g&h&i&j&k&l&m&n&o&p&q&r&s&t&u",
+            "the query must have at most 20 parameters",
+        ),
+        (
+            "/listings?a&b&c&d&e&f&g&h&i&j&k&l&m&n&o&p&q&r&s&t&",
+            "a: is not a parameter of this path",
+        ),
         (
             "/listings?min_surface=NaN",
             "min_surface: must be a number, 0 or more",
@@ -495,6 +510,10 @@ async fn a_parameter_that_breaks_a_rule_gets_400_with_its_name() {
         (
             "/listings/1/prices?to=2023-01-17",
             "to: must be a date and time such as 2023-01-17T08:17:32Z",
+        ),
+        (
+            "/listings/1/prices?from=2023-01-17T08:17:32+01:00",
+            "from: must have the + of its offset encoded as %2B",
         ),
         (
             "/listings/1/prices?after=x",
@@ -674,4 +693,110 @@ async fn a_list_that_fails_midway_closes_its_connection_and_logs_the_cause() {
         causes[0].contains("slow") && causes[0].contains("listing"),
         "{causes:?}"
     );
+}
+
+#[tokio::test]
+async fn a_replacement_that_must_create_gets_412() {
+    let service = Service::start().await;
+    let etag = service.post(LOFT).header("etag").map(str::to_owned);
+    let mut connection = service.connect();
+    let headers = format!("{JSON}if-none-match: *\r\n");
+    for id in [1, 2] {
+        let error = connection
+            .send("PUT", &format!("/listings/{id}"), &headers, LOFT)
+            .error();
+        let message = "if-none-match: PUT never creates a listing, use POST";
+        assert_eq!(error, (412, message.to_owned()));
+    }
+    let after = service.get("/listings/1").header("etag").map(str::to_owned);
+    assert_eq!(after, etag);
+}
+
+#[tokio::test]
+async fn a_connect_or_upgrade_is_answered_at_once() {
+    let service = Service::start().await;
+    service.post(LOFT);
+    let upgrade = "connection: upgrade\r\nupgrade: WebSocket\r\nsec-websocket-version: 13\r\n";
+    let with_body = format!("{upgrade}{JSON}content-length: 2\r\n");
+    for (line, headers, status) in [
+        ("CONNECT example.com:443", "", 404),
+        ("CONNECT /listings", "", 405),
+        ("GET /listings/1", upgrade, 200),
+        ("GET /nothing", upgrade, 400),
+        ("POST /listings", &with_body, 400),
+    ] {
+        let mut connection = service.connect();
+        let begun = Instant::now();
+        connection.write(format!("{line} HTTP/1.1\r\nhost: x\r\n{headers}\r\n").as_bytes());
+        let response = connection.receive_unchecked("GET");
+        assert_eq!(response.status, status, "{line}: {response:?}");
+        connection.assert_closed();
+        assert!(begun.elapsed() < Duration::from_secs(3), "{line}");
+    }
+    // A client that offers HTTP/2 gets HTTP/1.1.
+    let headers = format!("{JSON}connection: upgrade\r\nupgrade: h2c\r\n");
+    let created = service.send("POST", "/listings", &headers, LOFT);
+    assert_eq!(created.status, 201);
+}
+
+/// The server and a proxy before it must not disagree about where a request ends.
+#[tokio::test]
+async fn a_request_whose_end_is_ambiguous_gets_400_and_its_connection_is_closed() {
+    let service = Service::start().await;
+    service.post(LOFT);
+    let chunked = "transfer-encoding: chunked\r\n";
+    for (headers, body) in [
+        (
+            "content-length: 5\r\ntransfer-encoding: chunked\r\n",
+            "0\r\n\r\n",
+        ),
+        (
+            "transfer-encoding: chunked\r\ncontent-length: 5\r\n",
+            "0\r\n\r\n",
+        ),
+        ("content-length: 2\r\ncontent-length: 2\r\n", "{}"),
+        ("content-length: 2\r\ncontent-length: 3\r\n", "{}"),
+        ("content-length: 2, 2\r\n", "{}"),
+        ("content-length: +2\r\n", "{}"),
+        ("content-length: -2\r\n", "{}"),
+        ("content-length: 0x2\r\n", "{}"),
+        ("content-length: 2 2\r\n", "{}"),
+        ("content-length:\r\n", "{}"),
+        ("content-length: 18446744073709551616\r\n", "{}"),
+        ("content-length : 2\r\n", "{}"),
+        (" content-length: 2\r\n", "{}"),
+        ("x: 1\r\n content-length: 2\r\n", "{}"),
+        ("x: 1\r\n\tcontent-length: 2\r\n", "{}"),
+        ("x: 1\rcontent-length: 2\r\n", "{}"),
+        ("x\0: 1\r\ncontent-length: 2\r\n", "{}"),
+        (
+            "transfer-encoding: chunked\r\ntransfer-encoding: chunked\r\n",
+            "0\r\n\r\n",
+        ),
+        ("transfer-encoding: chunked, identity\r\n", "0\r\n\r\n"),
+        ("transfer-encoding: gzip, chunked\r\n", "0\r\n\r\n"),
+        ("transfer-encoding: xchunked\r\n", "0\r\n\r\n"),
+        ("transfer-encoding: identity\r\n", "{}"),
+        ("transfer-encoding: \"chunked\"\r\n", "0\r\n\r\n"),
+        ("transfer-encoding:\u{b}chunked\r\n", "0\r\n\r\n"),
+        (chunked, "+2\r\n{}\r\n0\r\n\r\n"),
+        (chunked, "-2\r\n{}\r\n0\r\n\r\n"),
+        (chunked, "0x2\r\n{}\r\n0\r\n\r\n"),
+        (chunked, "2\n{}\n0\n\n"),
+        (chunked, "2\r\n{}0\r\n\r\n"),
+        (chunked, "2\r\n{}x\r\n0\r\n\r\n"),
+        (chunked, "\r\n{}\r\n0\r\n\r\n"),
+        (chunked, "fffffffffffffffff\r\n{}\r\n0\r\n\r\n"),
+        (chunked, "2;x=\n\r\n{}\r\n0\r\n\r\n"),
+    ] {
+        let mut connection = service.connect();
+        let head = format!("POST /listings HTTP/1.1\r\nhost: x\r\n{JSON}{headers}\r\n");
+        let next = "GET /listings/1 HTTP/1.1\r\nhost: x\r\n\r\n";
+        connection.write(format!("{head}{body}{next}").as_bytes());
+        let response = connection.receive("POST", "/listings");
+        assert_eq!(response.status, 400, "{headers}{body}: {response:?}");
+        connection.assert_closed();
+    }
+    let count = "select count(*) from listing";
+    assert_eq!(value(service.superuser(), count).await, "1");
 }

@@ -44,7 +44,7 @@ impl Auth {
         payload: Payload,
     ) -> Result<(Writer, Bytes), ApiError> {
         // Looked up after the body has arrived, so that a revocation counts as late as possible.
-        let body = body::read(payload).await;
+        let body = body::read(request, payload).await;
         let Some(keys) = &self.0 else {
             let (owner, actor) = (None, None);
             return Ok((Writer { owner, actor }, body?));

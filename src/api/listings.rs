@@ -205,6 +205,10 @@ pub async fn replace(
     let id = parse_id(&path)?;
     body::require_type(&request, &["application/json"])?;
     let mut input = Input::parse(&body, true)?;
+    if conditional::must_create(&request) {
+        let message = "if-none-match: PUT never creates a listing, use POST";
+        return Err(ApiError::new(StatusCode::PRECONDITION_FAILED, message));
+    }
     // A replacement without a phone number removes it.
     input.sets_contact_phone_number = true;
     update(&request, &database, writer, id, input).await

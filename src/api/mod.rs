@@ -67,7 +67,7 @@ fn get() -> Route {
 /// A path that answers OPTIONS, and refuses every other method that has no route.
 fn resource(path: &str, allow: &'static str) -> Resource {
     let fallback = move |request: HttpRequest, payload: web::Payload| async move {
-        body::read(payload).await?;
+        body::read(&request, payload).await?;
         if *request.method() == Method::OPTIONS {
             return Ok(options(&request, allow));
         }
@@ -102,8 +102,11 @@ fn options(request: &HttpRequest, allow: &'static str) -> HttpResponse {
     response.finish()
 }
 
-async fn no_such_path(payload: web::Payload) -> Result<HttpResponse, ApiError> {
-    body::read(payload).await?;
+async fn no_such_path(
+    request: HttpRequest,
+    payload: web::Payload,
+) -> Result<HttpResponse, ApiError> {
+    body::read(&request, payload).await?;
     Err(ApiError::new(
         StatusCode::NOT_FOUND,
         "no such path, see /openapi.yaml",

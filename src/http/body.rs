@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use actix_web::error::PayloadError;
-use actix_web::http::{StatusCode, header};
+use actix_web::http::header::{self, HeaderValue};
+use actix_web::http::{Method, StatusCode};
 use actix_web::{HttpMessage, HttpRequest, web};
 use bytes::{Bytes, BytesMut};
 use futures_util::StreamExt;
@@ -17,7 +18,15 @@ const MAX_BYTES: usize = 64 * 1024;
 pub const READ_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Reads the body to its end. A handler does this before it refuses a request, so that the connection can serve the next one.
-pub async fn read(mut payload: web::Payload) -> Result<Bytes, ApiError> {
+pub async fn read(request: &HttpRequest, mut payload: web::Payload) -> Result<Bytes, ApiError> {
+    // For actix-http, the body of these requests never ends.
+    if request.method() == Method::CONNECT {
+        return Ok(Bytes::new());
+    }
+    let is_websocket = |value: &HeaderValue| value.as_bytes().eq_ignore_ascii_case(b"websocket");
+    if request.headers().get_all(header::UPGRADE).any(is_websocket) {
+        return Err(ApiError::malformed("upgrade: websocket is not supported"));
+    }
     let too_large = || {
         let message = "the body must not exceed 64 KiB";
         ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, message)

@@ -32,6 +32,11 @@ fn named_tags(request: &HttpRequest) -> Option<Vec<EntityTag>> {
     }
 }
 
+/// Whether a write must create what it writes (`If-None-Match: *`).
+pub fn must_create(request: &HttpRequest) -> bool {
+    matches!(IfNoneMatch::parse(request), Ok(IfNoneMatch::Any))
+}
+
 pub fn not_modified(etag: EntityTag) -> HttpResponse {
     HttpResponse::NotModified()
         .insert_header(header::ETag(etag))

@@ -8,7 +8,7 @@ use serde::de::{Deserializer, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
 use super::error::ApiError;
-use crate::types::euros::{Euros, whole};
+use crate::types::euros::{Euros, INTEGER_RANGE, whole};
 
 /// Reads a body that must be an object, with a function that takes its fields. If it is `complete`, absent fields are refused.
 pub fn parse<T>(
@@ -158,19 +158,11 @@ impl<'a> Object<'a> {
     }
 
     pub fn integer(&mut self, name: &str, problems: &mut Problems, min: i32) -> Option<i32> {
-        self.field(name, problems, |text| {
-            if !text.starts_with(|first: char| first == '-' || first.is_ascii_digit()) {
-                return Err("must be an integer");
-            }
-            match whole(text).map(i32::try_from) {
-                Some(Ok(value)) if value >= min => Ok(value),
-                Some(Ok(_)) => Err(if min == 1 {
-                    "must be 1 or more"
-                } else {
-                    "must be 0 or more"
-                }),
-                _ => Err("must be an integer between -2147483648 and 2147483647"),
-            }
+        self.field(name, problems, |text| match i32::try_from(whole(text)?) {
+            Ok(value) if value >= min => Ok(value),
+            Ok(_) if min == 1 => Err("must be 1 or more"),
+            Ok(_) => Err("must be 0 or more"),
+            Err(_) => Err(INTEGER_RANGE),
         })
     }
 

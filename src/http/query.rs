@@ -14,9 +14,19 @@ pub struct Query {
     known: Vec<&'static str>,
 }
 
+/// More than any path has. The time to check the names grows with the square of their number.
+const MAX_PARAMETERS: usize = 20;
+
 impl Query {
     pub fn parse(request: &HttpRequest) -> Result<Self, ApiError> {
-        for pair in request.query_string().split('&') {
+        let pairs = || request.query_string().split('&');
+        let given = pairs().filter(|pair| !pair.is_empty());
+        if given.take(MAX_PARAMETERS + 1).count() > MAX_PARAMETERS {
+            return Err(ApiError::malformed(format!(
+                "the query must have at most {MAX_PARAMETERS} parameters"
+            )));
+        }
+        for pair in pairs() {
             if percent_decode_str(pair).decode_utf8().is_err() {
                 let name = pair.split('=').next().unwrap_or_default();
                 return Err(ApiError::malformed(format!("{name}: must be UTF-8")));
@@ -99,6 +109,10 @@ impl Query {
     pub fn timestamp(&mut self, name: &'static str) -> Result<Option<DateTime<Utc>>, ApiError> {
         self.read(name, |text| match DateTime::parse_from_rfc3339(text) {
             Ok(timestamp) => Ok(timestamp.to_utc()),
+            // In a query, + means a space.
+            Err(_) if DateTime::parse_from_rfc3339(&text.replace(' ', "+")).is_ok() => {
+                Err("must have the + of its offset encoded as %2B")
+            }
             Err(_) => Err("must be a date and time such as 2023-01-17T08:17:32Z"),
         })
     }
@@ -128,5 +142,5 @@ impl Query {
 
 fn digits(text: &str) -> Option<i64> {
     let plain = !text.is_empty() && text.bytes().all(|digit| digit.is_ascii_digit());
-    if plain { whole(text) } else { None }
+    if plain { whole(text).ok() } else { None }
 }

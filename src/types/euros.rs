@@ -98,11 +98,15 @@ impl ToSql for Euros {
     to_sql_checked!();
 }
 
-/// Reads the text of a JSON number as an integer. JSON Schema says that `2.0` is one.
-pub fn whole(number: &str) -> Option<i64> {
+/// What an integer that PostgreSQL can store must be.
+pub const INTEGER_RANGE: &str = "must be an integer between -2147483648 and 2147483647";
+
+/// Reads the text of a JSON number as an integer. JSON Schema says that `2.0` is one. The error says what it must be.
+pub fn whole(number: &str) -> Result<i64, &'static str> {
     match scaled(number, 0) {
-        Scaled::Exact(value) => Some(value),
-        _ => None,
+        Scaled::Exact(value) => Ok(value),
+        Scaled::TooLarge => Err(INTEGER_RANGE),
+        Scaled::TooFine | Scaled::NotANumber => Err("must be an integer"),
     }
 }
 
@@ -121,7 +125,9 @@ fn scaled(number: &str, places: i64) -> Scaled {
         .map_or((1, mantissa), |rest| (-1, rest));
     let (integer, fraction) = mantissa.split_once('.').unwrap_or((mantissa, ""));
     let digits = [integer, fraction].concat();
-    if integer.is_empty() || !digits.bytes().all(|digit| digit.is_ascii_digit()) {
+    let magnitude = exponent.strip_prefix(['+', '-']).unwrap_or(exponent);
+    let is_digits = |text: &str| text.bytes().all(|digit| digit.is_ascii_digit());
+    if integer.is_empty() || magnitude.is_empty() || !is_digits(&digits) || !is_digits(magnitude) {
         return Scaled::NotANumber;
     }
     let significant = digits.trim_end_matches('0');
@@ -156,7 +162,7 @@ fn scaled(number: &str, places: i64) -> Scaled {
 
 #[cfg(test)]
 mod tests {
-    use super::{Euros, whole};
+    use super::{Euros, INTEGER_RANGE, whole};
 
     #[test]
     fn an_amount_is_written_as_it_was_read() {
@@ -220,10 +226,10 @@ mod tests {
 
     #[test]
     fn a_whole_number_may_have_a_decimal_point() {
-        assert_eq!(whole("2.0"), Some(2));
-        assert_eq!(whole("2e0"), Some(2));
-        assert_eq!(whole("-3"), Some(-3));
-        assert_eq!(whole("2.7"), None);
-        assert_eq!(whole("1e30"), None);
+        assert_eq!(whole("2.0"), Ok(2));
+        assert_eq!(whole("2e0"), Ok(2));
+        assert_eq!(whole("-3"), Ok(-3));
+        assert_eq!(whole("2.7"), Err("must be an integer"));
+        assert_eq!(whole("1e30"), Err(INTEGER_RANGE));
     }
 }
