@@ -43,7 +43,7 @@ run: $(REFINERY) ## Start the database, migrate, build, and serve on port 8080
 
 .PHONY: test
 test: $(REFINERY) ## Run all tests, or those in TESTS='name ...' or TESTS=sql; PG=18 runs them on PostgreSQL 18
-	@url=$$(tests/db.sh up) && DATABASE_URL=$$url REFINERY="$(CURDIR)/$(REFINERY)" \
+	@export PG_SETTINGS='-c fsync=off' && url=$$(tests/db.sh up) && DATABASE_URL=$$url REFINERY="$(CURDIR)/$(REFINERY)" \
 		cargo test --locked -- $(patsubst sql,$(SQL_TESTS),$(TESTS))
 
 .PHONY: bench

@@ -3,7 +3,7 @@
 # in turn, on one server. Only the ratios carry over to another machine. `make bench` runs this and sets the variables.
 set -eu
 rows=200000
-rounds=9
+rounds=5
 seconds=2
 clients=8
 

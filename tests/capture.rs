@@ -334,29 +334,18 @@ async fn a_change_is_attributed_to_the_actor_if_one_is_set() {
 async fn a_change_that_sets_no_updated_date_is_dated() {
     let db = Database::migrated().await;
     run(&db.superuser, &insert_listing(1, "1")).await;
-    // Types that cannot be compared, and a column that has no value yet when the trigger fires.
-    run(
-        &db.superuser,
-        "alter table listing add extra json not null default '{}', \
-        add search tsvector generated always as (to_tsvector('english', description)) stored",
-    )
-    .await;
-    // As a restore does it.
-    let definition = "select pg_get_triggerdef(oid) from pg_trigger where tgname = 'listing_updated_date_set_on_update'";
-    let definition = value(&db.superuser, definition).await;
-    let recreate =
-        format!("drop trigger listing_updated_date_set_on_update on listing; {definition}");
-    run(&db.superuser, &recreate).await;
-    let columns = "name, description, building_type, street_address, postal_code, city, country, surface_area_m2, rooms_count, \
-        bedrooms_count, price, contact_phone_number, created_date, owner";
-    let covered = "select string_agg(attname, ', ' order by attnum) from pg_attribute where attrelid = 'listing'::regclass \
-        and attnum > 0 and attname not in ('id', 'updated_date', 'extra', 'search')";
-    assert_eq!(value(&db.superuser, covered).await, columns);
+    // A type that cannot be compared.
+    let extra = "alter table listing add extra json not null default '{}'";
+    run(&db.superuser, extra).await;
+    let columns = "select string_agg(attname, ', ' order by attnum) from pg_attribute where attrelid = 'listing'::regclass \
+        and attnum > 0 and attname not in ('id', 'updated_date')";
+    let columns = value(&db.superuser, columns).await;
     for column in columns.split(", ") {
         let changed = match column {
             "building_type" => "'HOUSE'",
             "surface_area_m2" | "rooms_count" | "bedrooms_count" | "price" => "9",
             "created_date" => "'2020-01-01Z'",
+            "extra" => "'[]'",
             _ => "'x'",
         };
         for (assignments, expected) in [

@@ -1044,7 +1044,12 @@ async fn tls_verifies_the_certificate_chain_and_the_host_name() {
     ] {
         let ca_file = [("DATABASE_CA_FILE", ours.to_str().expect("a path in UTF-8"))];
         let service = Service::start_at(&url("localhost", mode), &ca_file);
-        assert_eq!(service.logged(" accepts writes, encrypted with TLSv1.3").len(), 1);
+        assert_eq!(
+            service
+                .logged(" accepts writes, encrypted with TLSv1.3")
+                .len(),
+            1
+        );
         let encrypted = "select distinct ssl from pg_stat_ssl join pg_stat_activity using (pid) where application_name = 'listing-api'";
         assert_eq!(value(&superuser, encrypted).await, "t", "{mode}");
     }

@@ -95,7 +95,6 @@ impl Display for ServerReport {
     }
 }
 
-
 impl Cluster {
     /// Probes every server once. Fails on bad TLS settings, but not if a server is down.
     pub async fn start(settings: &Settings) -> Result<Self> {
