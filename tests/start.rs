@@ -23,6 +23,7 @@ fn assert_refuses(mut command: Command, sentence: &str) {
 }
 
 #[test]
+#[expect(clippy::too_many_lines, reason = "one table of all settings")]
 fn an_invalid_setting_is_reported_with_its_value_and_the_valid_form() {
     for (name, value, sentence) in [
         (
