@@ -171,7 +171,17 @@ begin
     loop
         execute format('alter table public.listing_price_log drop constraint %I', existing.name);
     end loop;
-    -- Indexes and sequences have names of their own, which the new table needs.
+    -- In PostgreSQL 18, not-null constraints have names, which the new table needs.
+    for existing in
+        select conname as name
+        from pg_constraint
+        where conrelid = 'public.listing_price_log'::regclass and contype = 'n'
+    loop
+        execute format(
+            'alter table public.listing_price_log rename constraint %I to %I', existing.name, 'earlier_' || existing.name
+        );
+    end loop;
+    -- Indexes and sequences have names that the new table needs.
     for existing in
         select class.oid::regclass as name, 'earlier_' || class.relname as new_name, class.relkind as kind
         from pg_class as class
