@@ -6,12 +6,12 @@
 
 use std::io::{self, ErrorKind, Write};
 use std::mem;
-use std::sync::{Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::Duration;
 
 use env_logger::{Builder, Env, Target};
-use prometheus::{IntCounter, Opts};
+use prometheus::{IntCounter, register_int_counter};
 
 const INTERVAL: Duration = Duration::from_millis(50);
 
@@ -41,18 +41,19 @@ static BUFFER: Mutex<Buffer> = Mutex::new(Buffer {
 /// The thread has to write, or has written.
 static CHANGED: Condvar = Condvar::new();
 
-static DROPPED: LazyLock<IntCounter> = LazyLock::new(|| {
-    let help = "Lines of the log that were dropped, because stderr did not take them.";
-    IntCounter::with_opts(Opts::new("log_lines_dropped_total", help)).expect("a valid name")
-});
+/// Set by [`start`], so that counting a line cannot fail.
+static DROPPED: OnceLock<IntCounter> = OnceLock::new();
 
 /// Sets up the log. Call [`finish`] before the process ends.
 pub fn start(default_filter: &str) {
     Builder::from_env(Env::default().default_filter_or(default_filter))
         .target(Target::Pipe(Box::new(LogWriter)))
         .init();
+    let help = "Lines of the log that were dropped, because stderr did not take them.";
     // Fails only if the name is taken.
-    let _ = prometheus::register(Box::new(DROPPED.clone()));
+    if let Ok(counter) = register_int_counter!("log_lines_dropped_total", help) {
+        DROPPED.get_or_init(|| counter);
+    }
     thread::spawn(write_batches);
 }
 
@@ -61,7 +62,7 @@ pub fn add(line: &[u8]) {
     let mut buffer = lock();
     if buffer.lines.len() + line.len() > MAX_BYTES {
         buffer.dropped += 1;
-        DROPPED.inc();
+        count_dropped(1);
         return;
     }
     buffer.lines.extend_from_slice(line);
@@ -109,10 +110,16 @@ fn write(mut lines: &[u8]) {
             Err(error) if error.kind() == ErrorKind::WouldBlock => thread::sleep(INTERVAL),
             Err(_) => {
                 let rest = lines.iter().filter(|byte| **byte == b'\n');
-                DROPPED.inc_by(rest.count() as u64);
+                count_dropped(rest.count() as u64);
                 return;
             }
         }
+    }
+}
+
+fn count_dropped(lines: u64) {
+    if let Some(counter) = DROPPED.get() {
+        counter.inc_by(lines);
     }
 }
 
