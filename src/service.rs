@@ -14,13 +14,13 @@ use actix_web::web::Data;
 use actix_web::{App, HttpServer, rt};
 use anyhow::{Context, Result, ensure};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use socket2::SockRef;
 use tokio::net::TcpSocket;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::admin::{self, Stopping};
 use crate::api;
 use crate::check::{Checked, check};
-use crate::http::body::READ_TIMEOUT;
 use crate::http::connection::Connection;
 use crate::http::metrics;
 use crate::http::middleware::middleware;
@@ -111,9 +111,13 @@ fn serve_api(
                 let signal = stop_signal.clone();
                 async move { signal.notified().await }
             })
-            .client_request_timeout(READ_TIMEOUT)
+            // The connection has its own, for the head of every request.
+            .client_request_timeout(Duration::ZERO)
             .client_disconnect_timeout(Duration::from_secs(1))
             .keep_alive(KeepAlive::Timeout(Duration::from_secs(75)))
+            .on_connect_ext(|connection: &Connection, data| {
+                data.insert(connection.exchange());
+            })
             .finish(map_config(app, |()| AppConfig::default()));
         let any_origin = settings.cors_origins.is_empty();
         let accept = move |socket: TcpStream| async move {
@@ -178,12 +182,16 @@ fn max_connections(settings: &Settings) -> Result<usize> {
 fn bind(name: &str, address: SocketAddr) -> Result<(TcpListener, SocketAddr)> {
     /// With the 128 of the standard library, some of many new clients retry only after a second.
     const BACKLOG: u32 = 4096;
+    /// What the system takes for a client before it is sent.
+    const UNSENT_BYTES: u32 = 128 * 1024;
     let bound = || {
         let socket = match address {
             SocketAddr::V4(_) => TcpSocket::new_v4()?,
             SocketAddr::V6(_) => TcpSocket::new_v6()?,
         };
         socket.set_reuseaddr(true)?;
+        // Inherited by each connection. A client that stops reading then shows soon, and little waits for it in the system.
+        SockRef::from(&socket).set_tcp_notsent_lowat(UNSENT_BYTES)?;
         socket.bind(address)?;
         let listener = socket.listen(BACKLOG)?.into_std()?;
         let address = listener.local_addr()?;

@@ -9,6 +9,7 @@ mod contract;
 mod docs;
 mod failover;
 mod guard;
+mod hostile;
 mod input;
 mod keys;
 mod load;

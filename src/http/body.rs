@@ -11,6 +11,7 @@ use futures_util::StreamExt;
 use tokio::time::timeout;
 
 use super::error::ApiError;
+use super::exchange::Receiving;
 
 const MAX_BYTES: usize = 64 * 1024;
 
@@ -31,6 +32,7 @@ pub async fn read(request: &HttpRequest, mut payload: web::Payload) -> Result<By
         let message = "the body must not exceed 64 KiB";
         ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, message)
     };
+    let _receiving = Receiving::start(request);
     let read = async {
         let mut body = BytesMut::new();
         while let Some(chunk) = payload.next().await {

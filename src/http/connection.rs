@@ -1,26 +1,58 @@
 //! The socket of a client, between the network and the HTTP parser.
 //!
+//! The parser takes in all that it is given, so the connection gives it one head, and then nothing but the body until the
+//! request is served. What a client sends ahead stays in the socket, and in the end with the client.
+//!
+//! The head of each request has to arrive in time. The parser's own limit is for the first request only. A client that reads
+//! nothing of a response for too long is disconnected.
+//!
 //! If the client disconnects, the parser gets an error instead of the end of its input. It then drops the request in flight,
 //! which cancels the statement. The parser's own `h1_allow_half_closed(false)` also drops the responses before a malformed
 //! request.
 //!
-//! The parser answers a malformed, oversized or slow head itself, with a bare status, and closes the connection. This wrapper
+//! The parser answers a malformed or oversized head itself, with a bare status, and closes the connection. This wrapper
 //! writes the error of the contract instead. The parser's own responses are the only ones of 400 or above without a body, and
 //! always the last of their connection.
 
 use std::io;
+use std::mem;
 use std::pin::Pin;
+use std::rc::Rc;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use actix_web::http::StatusCode;
 use actix_web::rt::net::TcpStream;
-use bytes::{Buf, Bytes};
+use bytes::{Buf, Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::time::{Instant, Sleep, sleep};
 
+use super::body::READ_TIMEOUT;
+use super::exchange::Exchange;
 use super::request_id;
+
+/// What is read at a time. Most requests are shorter.
+const PIECE_BYTES: usize = 2048;
+
+/// How long a client may read nothing of a response.
+const STALL_TIMEOUT: Duration = Duration::from_mins(1);
 
 pub struct Connection {
     socket: TcpStream,
+    exchange: Rc<Exchange>,
+    /// What was read and not given to the parser yet.
+    ahead: BytesMut,
+    /// How much of the end of a head the parser has got last.
+    matched: usize,
+    /// Whether the parser has to look at what it got before it gets more.
+    parse_first: bool,
+    /// How many requests had begun when the head of the next one began, and when that was.
+    head: (u64, Instant),
+    /// Since when the client has read nothing of what is written.
+    stalled: Option<Instant>,
+    /// Rings at the end of a limit or earlier. It is set anew only after it has rung, to the time for a head at most.
+    timer: Pin<Box<Sleep>>,
+    is_late: bool,
     /// Whether pages of any origin may read the response.
     any_origin: bool,
     /// The rest of the error that replaces a bare one.
@@ -31,8 +63,123 @@ impl Connection {
     pub fn new(socket: TcpStream, any_origin: bool) -> Self {
         Self {
             socket,
+            exchange: Rc::default(),
+            ahead: BytesMut::new(),
+            matched: 0,
+            parse_first: false,
+            head: (0, Instant::now()),
+            stalled: None,
+            timer: Box::pin(sleep(READ_TIMEOUT)),
+            is_late: false,
             any_origin,
             replacement: None,
+        }
+    }
+
+    pub fn exchange(&self) -> Rc<Exchange> {
+        self.exchange.clone()
+    }
+
+    /// Waits until the request is served. Notices a client that disconnects without having sent more.
+    fn poll_hold(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.ahead.is_empty() {
+            let mut byte = [0];
+            let peeked = ready!(self.socket.poll_peek(cx, &mut ReadBuf::new(&mut byte)))?;
+            if peeked == 0 {
+                return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
+            }
+        }
+        self.exchange.hold(cx);
+        Poll::Pending
+    }
+
+    /// The length up to the end of a head, if there is one. What looks like one in a body costs time only.
+    fn end_of_head(&mut self, bytes: &[u8]) -> Option<usize> {
+        const END: &[u8] = b"\n\r\n";
+        for (index, byte) in bytes.iter().enumerate() {
+            let continues = END.get(self.matched) == Some(byte);
+            self.matched = if continues {
+                self.matched + 1
+            } else {
+                usize::from(*byte == b'\n')
+            };
+            if self.matched == END.len() {
+                self.matched = 0;
+                return Some(index + 1);
+            }
+        }
+        None
+    }
+
+    /// How much of what was read the parser may get.
+    fn length_to_give(&mut self, bytes: &[u8]) -> usize {
+        if let Some(length) = self.exchange.take_body(bytes.len()) {
+            return length;
+        }
+        self.note_head();
+        let end = self.end_of_head(bytes);
+        self.parse_first = end.is_some();
+        end.unwrap_or(bytes.len())
+    }
+
+    /// The parser closes the connection after an error of its own. If there was unread input, the system would make a reset of
+    /// it, which can cost the client the response.
+    fn discard_input(&self) {
+        let mut unread = [0; PIECE_BYTES];
+        for _ in 0..64 {
+            if !matches!(self.socket.try_read(&mut unread), Ok(1..)) {
+                break;
+            }
+        }
+    }
+
+    /// Notes when a head begins.
+    fn note_head(&mut self) {
+        let begun = self.exchange.begun();
+        if !self.exchange.is_serving() && self.head.0 != begun {
+            self.head = (begun, Instant::now());
+        }
+    }
+
+    /// If a head is late, gives the parser a byte that no head may contain, so that it answers in turn and closes.
+    fn poll_late(
+        &mut self,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let (begun, started) = self.head;
+        if self.is_late || begun != self.exchange.begun() {
+            return Poll::Pending;
+        }
+        while started.elapsed() < READ_TIMEOUT {
+            ready!(self.timer.as_mut().poll(cx));
+            self.timer.as_mut().reset(started + READ_TIMEOUT);
+        }
+        self.is_late = true;
+        buffer.put_slice(b"\0");
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_write_to_socket(
+        &mut self,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.socket).poll_write(cx, bytes);
+        if written.is_ready() {
+            self.stalled = None;
+            return written;
+        }
+        let deadline = *self.stalled.get_or_insert_with(Instant::now) + STALL_TIMEOUT;
+        loop {
+            ready!(self.timer.as_mut().poll(cx));
+            let now = Instant::now();
+            if now >= deadline {
+                // Discards what the system still keeps for the client.
+                self.socket.set_zero_linger()?;
+                return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+            }
+            self.timer.as_mut().reset(deadline.min(now + READ_TIMEOUT));
         }
     }
 }
@@ -43,12 +190,39 @@ impl AsyncRead for Connection {
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        let filled = buffer.filled().len();
-        ready!(Pin::new(&mut self.socket).poll_read(cx, buffer))?;
-        let is_end = buffer.filled().len() == filled && buffer.remaining() > 0;
-        if is_end {
+        let connection = &mut *self;
+        if mem::take(&mut connection.parse_first) {
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
+        if connection.exchange.is_held() {
+            return connection.poll_hold(cx);
+        }
+        if !connection.ahead.is_empty() {
+            let mut ahead = mem::take(&mut connection.ahead);
+            let most = ahead.len().min(buffer.remaining());
+            let length = connection.length_to_give(&ahead[..most]);
+            buffer.put_slice(&ahead.split_to(length));
+            connection.ahead = ahead;
+            return Poll::Ready(Ok(()));
+        }
+        let size = buffer.remaining().min(PIECE_BYTES);
+        let mut piece = ReadBuf::new(buffer.initialize_unfilled_to(size));
+        if Pin::new(&mut connection.socket)
+            .poll_read(cx, &mut piece)?
+            .is_pending()
+        {
+            return connection.poll_late(cx, buffer);
+        }
+        let piece = piece.filled();
+        if piece.is_empty() {
             return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
         }
+        let length = connection.length_to_give(piece);
+        // The socket has no more.
+        connection.parse_first &= length < piece.len() || piece.len() == size;
+        connection.ahead.extend_from_slice(&piece[length..]);
+        buffer.advance(length);
         Poll::Ready(Ok(()))
     }
 }
@@ -63,24 +237,32 @@ impl AsyncWrite for Connection {
         if connection.replacement.is_none() {
             match bare_error(buffer) {
                 Some((0, status)) => {
+                    let status = if connection.is_late {
+                        StatusCode::REQUEST_TIMEOUT
+                    } else {
+                        status
+                    };
                     connection.replacement = Some(error_response(status, connection.any_origin));
                 }
                 // The responses before it are written first.
                 Some((start, _)) => {
                     let before = buffer.get(..start).unwrap_or_default();
-                    return Pin::new(&mut connection.socket).poll_write(cx, before);
+                    return connection.poll_write_to_socket(cx, before);
                 }
-                None => return Pin::new(&mut connection.socket).poll_write(cx, buffer),
+                None => return connection.poll_write_to_socket(cx, buffer),
             }
         }
-        while let Some(replacement) = connection.replacement.as_mut().filter(Buf::has_remaining) {
-            let written = ready!(Pin::new(&mut connection.socket).poll_write(cx, replacement))?;
-            if written == 0 {
+        while let Some(mut rest) = connection.replacement.take().filter(Buf::has_remaining) {
+            let written = connection.poll_write_to_socket(cx, &rest);
+            if let Poll::Ready(Ok(written)) = written {
+                rest.advance(written);
+            }
+            connection.replacement = Some(rest);
+            if ready!(written)? == 0 {
                 return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
             }
-            replacement.advance(written);
         }
-        connection.replacement = None;
+        connection.discard_input();
         Poll::Ready(Ok(buffer.len()))
     }
 

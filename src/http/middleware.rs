@@ -10,6 +10,7 @@ use actix_web::{Error, web};
 
 use super::busy_poll::InFlight;
 use super::error::Cause;
+use super::exchange::{Served, Serving};
 use super::metrics;
 use super::request_id::{self, REQUEST_ID};
 use crate::settings::Settings;
@@ -19,6 +20,7 @@ pub async fn middleware(
     next: Next<impl MessageBody + 'static>,
 ) -> Result<ServiceResponse<impl MessageBody>, Error> {
     let started = Instant::now();
+    let serving = Serving::start(request.request());
     let id = request_id::of(request.headers());
     request.headers_mut().insert(REQUEST_ID, id.clone());
     keep_gzip_only(request.headers_mut());
@@ -50,7 +52,7 @@ pub async fn middleware(
     if let Some(settings) = settings {
         allow_origin(headers, &settings.cors_origins, origin);
     }
-    Ok(response)
+    Ok(response.map_body(|_, body| Served::new(body, serving)))
 }
 
 /// Reduces `Accept-Encoding` to gzip, the one encoding that is served. A client that refuses every encoding gets none.

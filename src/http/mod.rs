@@ -5,6 +5,7 @@ pub mod busy_poll;
 pub mod conditional;
 pub mod connection;
 pub mod error;
+pub mod exchange;
 pub mod fields;
 pub mod json_array;
 pub mod metrics;

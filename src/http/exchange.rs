@@ -1,0 +1,144 @@
+//! How far a connection has come with the request that it serves. The middleware and the reading of bodies write it, the
+//! connection reads it.
+
+use std::cell::Cell;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll, Waker};
+
+use actix_web::HttpRequest;
+use actix_web::body::{BodySize, MessageBody};
+use actix_web::http::header;
+use bytes::Bytes;
+use pin_project_lite::pin_project;
+
+#[derive(Default)]
+pub struct Exchange {
+    /// The requests that have begun.
+    begun: Cell<u64>,
+    is_serving: Cell<bool>,
+    /// How many bytes of the body have not been read. `None`: the body is in chunks.
+    body_left: Cell<Option<usize>>,
+    /// Whether somebody waits for the chunks.
+    is_receiving: Cell<bool>,
+    /// The connection that holds back what the client sent ahead.
+    held: Cell<Option<Waker>>,
+}
+
+/// A request is served until this is dropped.
+pub struct Serving(Rc<Exchange>);
+
+/// The body of a request is read until this is dropped.
+pub struct Receiving(Rc<Exchange>);
+
+impl Exchange {
+    pub fn begun(&self) -> u64 {
+        self.begun.get()
+    }
+
+    pub fn is_serving(&self) -> bool {
+        self.is_serving.get()
+    }
+
+    /// Whether nothing may be read now.
+    pub fn is_held(&self) -> bool {
+        let all_is_read = match self.body_left.get() {
+            Some(left) => left == 0,
+            None => !self.is_receiving.get(),
+        };
+        self.is_serving() && all_is_read
+    }
+
+    /// How many bytes of a body may be read. `None`: nobody knows where the body ends, or a head is read.
+    pub fn take_body(&self, most: usize) -> Option<usize> {
+        let left = self.body_left.get().filter(|_| self.is_serving())?;
+        let length = left.min(most);
+        self.body_left.set(Some(left - length));
+        Some(length)
+    }
+
+    /// Wakes the task when the connection may read on.
+    pub fn hold(&self, cx: &Context<'_>) {
+        self.held.set(Some(cx.waker().clone()));
+    }
+
+    fn release(&self) {
+        if let Some(held) = self.held.take() {
+            held.wake();
+        }
+    }
+}
+
+fn of(request: &HttpRequest) -> Option<Rc<Exchange>> {
+    request.conn_data::<Rc<Exchange>>().cloned()
+}
+
+impl Serving {
+    pub fn start(request: &HttpRequest) -> Option<Self> {
+        let exchange = of(request)?;
+        exchange.begun.set(exchange.begun() + 1);
+        exchange.is_serving.set(true);
+        let length = request.headers().get(header::CONTENT_LENGTH);
+        let length = length.and_then(|length| length.to_str().ok()?.parse().ok());
+        let in_chunks = request.headers().contains_key(header::TRANSFER_ENCODING);
+        let length = if in_chunks {
+            None
+        } else {
+            Some(length.unwrap_or(0))
+        };
+        exchange.body_left.set(length);
+        Some(Self(exchange))
+    }
+}
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        self.0.is_serving.set(false);
+        self.0.release();
+    }
+}
+
+impl Receiving {
+    pub fn start(request: &HttpRequest) -> Option<Self> {
+        let exchange = of(request)?;
+        exchange.is_receiving.set(true);
+        exchange.release();
+        Some(Self(exchange))
+    }
+}
+
+impl Drop for Receiving {
+    fn drop(&mut self) {
+        self.0.is_receiving.set(false);
+    }
+}
+
+pin_project! {
+    /// The body of a response, with which the serving of its request ends.
+    pub struct Served<B> {
+        #[pin]
+        body: B,
+        serving: Option<Serving>,
+    }
+}
+
+impl<B> Served<B> {
+    pub fn new(body: B, serving: Option<Serving>) -> Self {
+        Self { body, serving }
+    }
+}
+
+impl<B: MessageBody> MessageBody for Served<B> {
+    type Error = B::Error;
+
+    fn size(&self) -> BodySize {
+        self.body.size()
+    }
+
+    fn poll_next(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Bytes, Self::Error>>> {
+        self.project().body.poll_next(cx)
+    }
+}
