@@ -25,9 +25,12 @@ pub struct Input {
 }
 
 impl Input {
-    /// Reads a body that must be `complete`, or one that contains only the fields to change.
-    pub fn parse(body: &[u8], complete: bool) -> Result<Self, ApiError> {
+    /// Reads a body that must be `complete`, or one that contains only the fields to change. `id` is that of the path.
+    pub fn parse(body: &[u8], complete: bool, id: Option<i32>) -> Result<Self, ApiError> {
         fields::parse(body, complete, |object, problems| {
+            object.id(id, problems);
+            object.read_only("created_date", problems);
+            object.read_only("updated_date", problems);
             let name = object.string("name", problems, not_empty);
             let (mut street_address, mut postal_code, mut city, mut country) =
                 (None, None, None, None);

@@ -144,7 +144,7 @@ pub async fn create(
 ) -> Result<HttpResponse, ApiError> {
     let (Writer { owner, actor }, body) = auth.admit(&request, payload).await?;
     body::require_type(&request, &["application/json"])?;
-    let input = Input::parse(&body, true)?;
+    let input = Input::parse(&body, true, None)?;
     let who: Parameters = &[&owner, &actor];
     let values = [&input.values(), who].concat();
     let rows = database.write(None, INSERT, &values).await?;
@@ -204,7 +204,7 @@ pub async fn replace(
     let (writer, body) = auth.admit(&request, payload).await?;
     let id = parse_id(&path)?;
     body::require_type(&request, &["application/json"])?;
-    let mut input = Input::parse(&body, true)?;
+    let mut input = Input::parse(&body, true, Some(id))?;
     if conditional::must_create(&request) {
         let message = "if-none-match: PUT never creates a listing, use POST";
         return Err(ApiError::new(StatusCode::PRECONDITION_FAILED, message));
@@ -227,7 +227,7 @@ pub async fn patch(
         &request,
         &["application/merge-patch+json", "application/json"],
     )?;
-    let input = Input::parse(&body, false)?;
+    let input = Input::parse(&body, false, Some(id))?;
     update(&request, &database, writer, id, input).await
 }
 

@@ -134,7 +134,26 @@ impl<'a> Object<'a> {
         self.field(name, problems, |text| string(text, rule))
     }
 
-    /// A string that is never required and may be null.
+    /// Drops a field that only the service sets. A client may send it back as it was read.
+    pub fn read_only(&mut self, name: &str, problems: &mut Problems) {
+        self.take(name, problems);
+    }
+
+    /// The id of what the path names, which a client may send back too. A new object has no id yet, so any is ignored.
+    pub fn id(&mut self, id: Option<i32>, problems: &mut Problems) {
+        if let (Some(value), Some(id)) = (self.take("id", problems), id) {
+            let given = number(value.get()).and_then(|number| whole(&number));
+            if given != Ok(i64::from(id)) {
+                problems.add(
+                    self.path,
+                    "id",
+                    &format!("must be absent or {id}, the id in the path"),
+                );
+            }
+        }
+    }
+
+    /// A string that is never required. Null and an empty string mean none.
     #[expect(
         clippy::option_option,
         reason = "absent, null and a string are three things"
@@ -146,7 +165,7 @@ impl<'a> Object<'a> {
         rule: impl FnOnce(&str) -> Result<(), &'static str>,
     ) -> Option<Option<String>> {
         let read = match self.take(name, problems)?.get() {
-            "null" => Ok(None),
+            "null" | "\"\"" => Ok(None),
             text => string(text, rule).map(Some),
         };
         read.map_err(|problem| problems.add(self.path, name, problem))
@@ -154,20 +173,22 @@ impl<'a> Object<'a> {
     }
 
     pub fn euros(&mut self, name: &str, problems: &mut Problems) -> Option<Euros> {
-        self.field(name, problems, Euros::parse)
+        self.field(name, problems, |text| Euros::parse(&number(text)?))
     }
 
     pub fn integer(&mut self, name: &str, problems: &mut Problems, min: i32) -> Option<i32> {
-        self.field(name, problems, |text| match i32::try_from(whole(text)?) {
-            Ok(value) if value >= min => Ok(value),
-            Ok(_) if min == 1 => Err("must be 1 or more"),
-            Ok(_) => Err("must be 0 or more"),
-            Err(_) => Err(INTEGER_RANGE),
+        self.field(name, problems, |text| {
+            match i32::try_from(whole(&number(text)?)?) {
+                Ok(value) if value >= min => Ok(value),
+                Ok(_) if min == 1 => Err("must be 1 or more"),
+                Ok(_) => Err("must be 0 or more"),
+                Err(_) => Err(INTEGER_RANGE),
+            }
         })
     }
 
     pub fn measure(&mut self, name: &str, problems: &mut Problems) -> Option<f64> {
-        self.field(name, problems, |text| match text.parse::<f64>() {
+        self.field(name, problems, |text| match number(text)?.parse::<f64>() {
             Ok(value) if value.is_finite() && value >= 0.0 => Ok(value + 0.0),
             Ok(value) if value.is_finite() => Err("must be 0 or more"),
             _ => Err("must be a number"),
@@ -180,6 +201,19 @@ impl<'a> Object<'a> {
             problems.add(self.path, name, "is not a field of a listing");
         }
     }
+}
+
+/// The text of a number. HTML forms send numbers as strings, so a string that holds a JSON number and nothing else is one too.
+fn number(text: &str) -> Result<Cow<'_, str>, &'static str> {
+    if !text.starts_with('"') {
+        return Ok(text.into());
+    }
+    let held: String = serde_json::from_str(text).unwrap_or_default();
+    let is_number = held.ends_with(|last: char| last.is_ascii_digit())
+        && held.starts_with(|first: char| first == '-' || first.is_ascii_digit())
+        && serde_json::from_str::<&RawValue>(&held).is_ok();
+    let problem = "must be only a number, such as 480000";
+    is_number.then_some(held.into()).ok_or(problem)
 }
 
 fn string(
