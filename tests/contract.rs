@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use crate::support::{
     Connection, JSON, LOFT, OPENAPI, OPENAPI_YAML, Service, connect, program, refusal, rows, run,
-    succeed, value,
+    succeed, unguarded, validator, value,
 };
 
 /// The listing without its dates, to compare whole bodies.
@@ -199,6 +199,43 @@ async fn each_page_of_prices_but_the_last_links_to_the_next() {
     );
 }
 
+#[tokio::test]
+async fn the_price_in_force_at_a_moment_is_the_last_one_set_until_then() {
+    let service = Service::start().await;
+    service.post(LOFT);
+    let sql = "update listing set price = 2; update listing set price = 3";
+    run(service.superuser(), sql).await;
+    let all = service.get("/listings/1/prices").json();
+    let at = |moment: &str| service.get(&format!("/listings/1/prices?at={moment}"));
+    for price in all.as_array().expect("an array") {
+        let set = price["created_date"].as_str().expect("a date");
+        assert_eq!(at(set).json(), json!([price]));
+    }
+    let last = at("2999-01-01T00:00:00%2B14:00");
+    assert_eq!(last.json(), json!([all[2]]));
+    assert_eq!(last.header("link"), None);
+    let known = format!(
+        "if-none-match: {}\r\n",
+        last.header("etag").expect("an ETag")
+    );
+    let path = "/listings/1/prices?at=2999-01-01T00:00:00Z";
+    assert_eq!(service.send("GET", path, &known, "").status, 304);
+    run(service.superuser(), "update listing set price = 4").await;
+    assert_eq!(service.send("GET", path, &known, "").status, 200);
+
+    // The clock of the server was set back before the last change.
+    let set_back =
+        "update listing_price_log set changed_at = changed_at - interval '1 hour' where id = 4";
+    run(service.superuser(), &unguarded(set_back)).await;
+    let first = all[0]["created_date"].as_str().expect("a date");
+    assert_eq!(at(first).json()[0]["price_eur"], 4);
+
+    let before = at("2000-01-01T00:00:00Z");
+    assert_eq!((before.status, before.json()), (200, json!([])));
+    let unknown = "/listings/2/prices?at=2000-01-01T00:00:00Z";
+    assert_eq!(service.get(unknown).status, 404);
+}
+
 fn next(link: &str) -> String {
     let path = link
         .strip_prefix('<')
@@ -210,6 +247,7 @@ fn next(link: &str) -> String {
 #[tokio::test]
 async fn lists_are_filtered_and_paged() {
     let service = Service::start().await;
+    // Each listing has one bedroom less than rooms, and 10 m² a room.
     for (building_type, city, price, rooms) in [
         ("HOUSE", "Paris", "100", 1),
         ("STUDIO", "Lyon & Co", "200.5", 2),
@@ -220,7 +258,12 @@ async fn lists_are_filtered_and_paged() {
             .replace("APARTMENT", building_type)
             .replace("\"Paris\"", &format!("\"{city}\""))
             .replace("480000", price)
-            .replace("\"rooms_count\":2", &format!("\"rooms_count\":{rooms}"));
+            .replace("\"rooms_count\":2", &format!("\"rooms_count\":{rooms}"))
+            .replace(
+                "bedrooms_count\":1",
+                &format!("bedrooms_count\":{}", rooms - 1),
+            )
+            .replace("42.5", &format!("{rooms}0.5"));
         service.post(&body).id();
     }
     for (query, expected) in [
@@ -232,8 +275,14 @@ async fn lists_are_filtered_and_paged() {
         ("?postal_code=75011&min_rooms=2", vec![2, 3, 4]),
         ("?min_price=200.5&max_price=300", vec![2, 3]),
         ("?min_price=200.51&max_price=300.00&limit=7", vec![3]),
-        ("?min_surface=42.5&after=3", vec![4]),
-        ("?min_surface=42.51", vec![]),
+        ("?min_surface=30.5&after=3", vec![4]),
+        ("?min_surface=40.51", vec![]),
+        ("?max_surface=20.5", vec![1, 2]),
+        ("?min_surface=20.5&max_surface=30.49", vec![2]),
+        ("?max_surface=10.49", vec![]),
+        ("?min_bedrooms=0", vec![1, 2, 3, 4]),
+        ("?min_bedrooms=2&limit=9", vec![3, 4]),
+        ("?min_bedrooms=4", vec![]),
     ] {
         let response = service.get(&format!("/listings{query}"));
         assert_eq!(response.status, 200, "{}", response.text());
@@ -466,7 +515,8 @@ async fn every_get_path_accepts_head_and_every_path_accepts_options() {
         let mut connection = service.connect();
         let get = connection.send("GET", &path, "", "");
         let head = connection.send("HEAD", &path, "", "");
-        assert_eq!((get.status, head.status), (200, 200), "{path}");
+        let status = if path == "/" { 302 } else { 200 };
+        assert_eq!((get.status, head.status), (status, status), "{path}");
         assert!(head.body.is_empty());
         assert_eq!(head.header("content-type"), get.header("content-type"));
         let options = connection.send("OPTIONS", &path, "", "");
@@ -510,11 +560,35 @@ fn every_route_is_in_the_openapi_document() {
     assert_eq!(paths, OPENAPI["paths"].as_object().expect("paths").len());
 }
 
+#[test]
+fn every_example_matches_its_schema() {
+    fn check(value: &Value, checked: &mut usize) {
+        if let (Some(schema), Some(examples)) = (value.get("schema"), value.get("examples")) {
+            for example in examples.as_object().expect("examples").values() {
+                let path = example["$ref"].as_str().expect("a reference");
+                let example = OPENAPI.pointer(path.trim_start_matches('#'));
+                let example = &example.expect("the example")["value"];
+                let errors: Vec<_> = validator(schema)
+                    .iter_errors(example)
+                    .map(|error| error.to_string())
+                    .collect();
+                assert!(errors.is_empty(), "{path}: {errors:?}");
+                *checked += 1;
+            }
+        }
+        let children = value.as_object().into_iter().flat_map(|map| map.values());
+        children.for_each(|child| check(child, checked));
+    }
+    let mut checked = 0;
+    check(&OPENAPI, &mut checked);
+    assert!(checked >= 8, "{checked}");
+}
+
 #[tokio::test]
 async fn every_origin_is_allowed_unless_cors_origins_is_set() {
     let service = Service::start().await;
     let preflight = "origin: https://a.example\r\naccess-control-request-method: PUT\r\n\
-        access-control-request-headers: if-match, x-anything\r\n";
+        access-control-request-headers: if-match, x-anything, access-control-allow-origin\r\n";
     let response = service.send("OPTIONS", "/listings/1", preflight, "");
     assert_eq!(response.status, 204);
     assert_eq!(response.header("access-control-allow-origin"), Some("*"));
@@ -527,12 +601,12 @@ async fn every_origin_is_allowed_unless_cors_origins_is_set() {
     // A request may have any header.
     let allowed = response.header("access-control-allow-headers");
     let allowed = allowed.expect("headers").to_lowercase();
-    for header in ["if-match", "x-anything"] {
+    for header in ["if-match", "x-anything", "access-control-allow-origin"] {
         assert!(allowed.contains(header), "{header} in {allowed}");
     }
     let error = service.send("GET", "/listings/7", "origin: https://a.example\r\n", "");
     assert_eq!(error.header("access-control-allow-origin"), Some("*"));
-    let exposed = "ETag, Link, Location, Retry-After, X-Request-Id";
+    let exposed = "ETag, Idempotent-Replayed, Link, Location, Retry-After, X-Request-Id";
     assert_eq!(error.header("access-control-expose-headers"), Some(exposed));
 
     let origins = [("CORS_ORIGINS", "https://a.example, http://localhost:3000")];
@@ -630,7 +704,8 @@ fn every_write_and_no_read_documents_a_key() {
 #[tokio::test]
 async fn the_docs_page_loads_nothing_from_other_hosts() {
     let service = Service::start().await;
-    let page = service.get("/docs");
+    let root = service.get("/");
+    let page = service.get(root.header("location").expect("a location"));
     assert!(!page.text().contains("//"), "{}", page.text());
     for part in page
         .text()

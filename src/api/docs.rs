@@ -34,6 +34,14 @@ fn text(media_type: &'static str, text: &'static str) -> HttpResponse {
         .body(text)
 }
 
+/// Leads a person who opens the address of the service to the page.
+pub async fn root() -> HttpResponse {
+    HttpResponse::Found()
+        .insert_header((header::LOCATION, "/docs"))
+        .insert_header((header::CACHE_CONTROL, "no-cache"))
+        .finish()
+}
+
 pub async fn openapi() -> HttpResponse {
     text("application/yaml", OPENAPI)
 }

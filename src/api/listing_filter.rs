@@ -16,7 +16,9 @@ pub struct Filter {
     min_price: Option<Euros>,
     max_price: Option<Euros>,
     min_surface: Option<f64>,
+    max_surface: Option<f64>,
     min_rooms: Option<i32>,
+    min_bedrooms: Option<i32>,
 }
 
 impl Filter {
@@ -29,7 +31,9 @@ impl Filter {
             min_price: query.euros("min_price")?,
             max_price: query.euros("max_price")?,
             min_surface: query.measure("min_surface")?,
+            max_surface: query.measure("max_surface")?,
             min_rooms: query.integer("min_rooms")?,
+            min_bedrooms: query.integer("min_bedrooms")?,
         })
     }
 
@@ -43,7 +47,9 @@ impl Filter {
             min_price: Euros::parse("0").ok(),
             max_price: Euros::parse("0").ok(),
             min_surface: Some(0.0),
+            max_surface: Some(0.0),
             min_rooms: Some(0),
+            min_bedrooms: Some(0),
         }
     }
 
@@ -58,7 +64,9 @@ impl Filter {
             min_price,
             max_price,
             min_surface,
+            max_surface,
             min_rooms,
+            min_bedrooms,
         } = self;
         let conditions = [
             ("building_type = $", value(building_type)),
@@ -75,7 +83,9 @@ impl Filter {
             ("price >= $", value(min_price)),
             ("price <= $", value(max_price)),
             ("surface_area_m2 >= $", value(min_surface)),
+            ("surface_area_m2 <= $", value(max_surface)),
             ("rooms_count >= $", value(min_rooms)),
+            ("bedrooms_count >= $", value(min_bedrooms)),
         ];
         let given = conditions
             .into_iter()

@@ -38,6 +38,7 @@ pub fn configure(config: &mut ServiceConfig, database: Database, auth: AuthMode)
         .service(
             resource("/listings/{id}/prices", "GET, HEAD, OPTIONS").route(get().to(prices::list)),
         )
+        .service(resource("/", "GET, HEAD, OPTIONS").route(get().to(docs::root)))
         .service(resource("/openapi.yaml", "GET, HEAD, OPTIONS").route(get().to(docs::openapi)))
         .service(resource("/docs", "GET, HEAD, OPTIONS").route(get().to(docs::page)))
         .service(resource("/docs/{file}", "GET, HEAD, OPTIONS").route(get().to(docs::file)))

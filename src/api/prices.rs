@@ -51,6 +51,10 @@ const SELECT_PAGE: &str = "select id, new_price, changed_at from public.listing_
     and ($3::timestamptz is null or changed_at >= $3) and ($4::timestamptz is null or changed_at < $4) \
     and id <= $5 order by id limit $6";
 
+/// The price in force at a moment. Like the history, it follows the order of `id`, which is right also if a clock was set back.
+const SELECT_AT: &str = "select id, new_price, changed_at from public.listing_price_log \
+    where listing_id = $1 and changed_at <= $2 order by id desc limit 1";
+
 /// The version of a history that is too long to be read at once.
 const SELECT_VERSION: &str = "select count(*), coalesce(max(id), 0) as last from public.listing_price_log \
     where listing_id = $1 and id > $2 \
@@ -58,7 +62,7 @@ const SELECT_VERSION: &str = "select count(*), coalesce(max(id), 0) as last from
 
 /// Every statement of this file, with a request that runs it.
 pub fn statements() -> impl Iterator<Item = (&'static str, String)> {
-    let statements = [SELECT_BY_LISTING, SELECT_PAGE, SELECT_VERSION];
+    let statements = [SELECT_BY_LISTING, SELECT_PAGE, SELECT_AT, SELECT_VERSION];
     statements
         .map(|sql| ("GET /listings/{id}/prices", sql.to_owned()))
         .into_iter()
@@ -77,7 +81,12 @@ pub async fn list(
     // Imported prices can have negative ids.
     let after = query.long("after")?.unwrap_or(i64::MIN);
     let (from, to) = (query.timestamp("from")?, query.timestamp("to")?);
+    let at = query.timestamp("at")?;
     query.finish()?;
+    if at.is_some() && !query.is_single() {
+        let message = "at: must be the only parameter";
+        return Err(ApiError::malformed(message));
+    }
 
     // A replica may not have the listing, or the version that the client names, yet.
     let is_fresh = |version: Result<Version, ApiError>| {
@@ -85,7 +94,12 @@ pub async fn list(
             version.count > 0 && conditional::is_fresh(&request, &version.etag())
         })
     };
-    let prices = if let Some(limit) = limit {
+    let prices = if at.is_some() {
+        let is_fresh = |rows: &Vec<Row>| is_fresh(Version::of(rows, None));
+        Some(Rows::new(
+            database.read(SELECT_AT, &[&id, &at], is_fresh).await?,
+        ))
+    } else if let Some(limit) = limit {
         let is_fresh = |rows: &Vec<Row>| is_fresh(Version::of(rows, Some(limit)));
         // The extra row tells whether there is a further page.
         let values: Parameters = &[&id, &after, &from, &to, &i64::MAX, &(limit + 1)];

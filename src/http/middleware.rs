@@ -91,6 +91,8 @@ fn allow_origin(headers: &mut HeaderMap, allowed: &[String], origin: Option<Head
         };
         headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, origin);
     }
-    let exposed = HeaderValue::from_static("ETag, Link, Location, Retry-After, X-Request-Id");
+    let exposed = HeaderValue::from_static(
+        "ETag, Idempotent-Replayed, Link, Location, Retry-After, X-Request-Id",
+    );
     headers.insert(header::ACCESS_CONTROL_EXPOSE_HEADERS, exposed);
 }

@@ -131,6 +131,11 @@ impl Query {
         }
     }
 
+    /// Whether one parameter is given.
+    pub fn is_single(&self) -> bool {
+        self.given.len() == 1
+    }
+
     /// The `Link` to the page after this position, with the same other parameters.
     pub fn next_page(&self, path: &str, after: &str) -> String {
         let mut query = form_urlencoded::Serializer::new(String::new());
