@@ -282,6 +282,9 @@ async fn a_replica_that_lags_never_contradicts_the_writes_of_a_client() {
         let prices = service.send("GET", path, &seen(&etag), "");
         assert_eq!(prices.json().as_array().map(Vec::len), Some(2), "{path}");
     }
+    let chart = |headers: &str| service.send("GET", "/listings/1/prices.svg", headers, "");
+    assert!(chart("").text().contains(">€480,000</text>"));
+    assert!(chart(&seen(&etag)).text().contains(">€1</text>"));
     assert_eq!(
         service
             .send("GET", "/listings/1", &seen(&old_etag), "")
@@ -299,6 +302,7 @@ async fn a_replica_that_lags_never_contradicts_the_writes_of_a_client() {
             .map(Vec::len),
         Some(1)
     );
+    assert_eq!(service.get("/listings/2/prices.svg").status, 200);
     assert_eq!(service.get("/listings/3").status, 404);
     // If the client sends several ETags, only the primary knows which is the newest.
     let both = format!("if-none-match: {old_etag}, {etag}\r\n");

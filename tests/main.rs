@@ -4,6 +4,7 @@ mod adoption;
 mod architecture;
 mod capture;
 mod chaos;
+mod chart;
 mod commands;
 mod contract;
 mod docs;

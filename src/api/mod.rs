@@ -1,6 +1,7 @@
 //! The routes of the API: every path with its methods and handlers.
 
 mod auth;
+mod chart;
 mod docs;
 mod listing_filter;
 mod listing_input;
@@ -37,6 +38,9 @@ pub fn configure(config: &mut ServiceConfig, database: Database, auth: AuthMode)
         )
         .service(
             resource("/listings/{id}/prices", "GET, HEAD, OPTIONS").route(get().to(prices::list)),
+        )
+        .service(
+            resource("/listings/{id}/prices.svg", "GET, HEAD, OPTIONS").route(get().to(chart::get)),
         )
         .service(resource("/", "GET, HEAD, OPTIONS").route(get().to(docs::root)))
         .service(resource("/openapi.yaml", "GET, HEAD, OPTIONS").route(get().to(docs::openapi)))

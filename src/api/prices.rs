@@ -3,6 +3,7 @@
 use actix_web::http::header::{self, EntityTag};
 use actix_web::web::{Data, Path};
 use actix_web::{HttpRequest, HttpResponse};
+use chrono::{DateTime, Utc};
 use serde::Serialize;
 use tokio_postgres::Row;
 
@@ -157,6 +158,31 @@ pub async fn list(
         Ok(database.read(SELECT_PAGE, values, is_whole).await?)
     };
     json_array::stream(&request, response, read, write).await
+}
+
+/// Passes the whole history to a function, page by page. If it must not be stale, the primary is read.
+pub async fn read_all(
+    id: i32,
+    database: &Database,
+    by_listing: &ByListing,
+    may_be_stale: bool,
+    mut add: impl FnMut(&[Row]) -> Result<(), ApiError>,
+) -> Result<(), ApiError> {
+    // A replica may not have the listing yet.
+    let is_fresh = |rows: &Rows| may_be_stale && !rows.is_empty();
+    let short = by_listing.0.get(id, is_fresh).await?;
+    add(&short)?;
+    let mut last = short.get(SHORT).map(|row| row.try_get("id")).transpose()?;
+    while let Some(after) = last {
+        let none = None::<DateTime<Utc>>;
+        let values: Parameters = &[&id, &after, &none, &none, &i64::MAX, &json_array::PAGE_SIZE];
+        let page = database.read(SELECT_PAGE, values, |_| may_be_stale).await?;
+        add(&page)?;
+        let is_full = i64::try_from(page.len()) == Ok(json_array::PAGE_SIZE);
+        let row = page.last().filter(|_| is_full);
+        last = row.map(|row| row.try_get::<_, i64>("id")).transpose()?;
+    }
+    Ok(())
 }
 
 /// What identifies the state of a history: rows are added after the last one, or pruned.

@@ -17,6 +17,10 @@ pub struct Euros {
 impl Euros {
     const MAX_CENTS: i64 = 999_999_999_999;
 
+    pub fn cents(self) -> i64 {
+        self.cents
+    }
+
     /// Reads the text of a JSON number. The error says what the amount must be.
     pub fn parse(number: &str) -> Result<Self, &'static str> {
         match scaled(number, 2) {
