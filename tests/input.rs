@@ -393,6 +393,28 @@ async fn a_page_may_send_what_it_read_and_what_an_html_form_holds() {
 }
 
 #[tokio::test]
+async fn a_string_may_be_as_long_as_documented() {
+    let service = Service::start().await;
+    service.post(LOFT);
+    for (field, limit) in [
+        ("name", 500),
+        ("postal_address.street_address", 500),
+        ("postal_address.postal_code", 40),
+        ("postal_address.city", 200),
+    ] {
+        let patch = |length| {
+            let value = format!("\"{}\"", "é".repeat(length));
+            let fields = field.rsplit('.');
+            fields.fold(value, |inner, name| format!("{{\"{name}\":{inner}}}"))
+        };
+        assert_eq!(service.patch("/listings/1", &patch(limit)).status, 200);
+        let message = format!("{field}: must have at most {limit} characters");
+        let refused = service.patch("/listings/1", &patch(limit + 1));
+        assert_eq!(refused.error(), (422, message));
+    }
+}
+
+#[tokio::test]
 async fn an_integer_may_be_written_with_a_decimal_point() {
     let service = Service::start().await;
     let body = LOFT

@@ -31,14 +31,14 @@ impl Input {
             object.id(id, problems);
             object.read_only("created_date", problems);
             object.read_only("updated_date", problems);
-            let name = object.string("name", problems, not_empty);
+            let name = object.string("name", problems, up_to_500);
             let (mut street_address, mut postal_code, mut city, mut country) =
                 (None, None, None, None);
             if let Some(mut address) = object.object("postal_address", "postal_address.", problems)
             {
-                street_address = address.string("street_address", problems, not_empty);
-                postal_code = address.string("postal_code", problems, not_empty);
-                city = address.string("city", problems, not_empty);
+                street_address = address.string("street_address", problems, up_to_500);
+                postal_code = address.string("postal_code", problems, up_to_40);
+                city = address.string("city", problems, up_to_200);
                 country = address.string("country", problems, two_capital_letters);
                 address.finish(problems);
             }
@@ -101,6 +101,26 @@ pub fn not_empty(value: &str) -> Result<(), &'static str> {
         Err("must not be empty")
     } else {
         Ok(())
+    }
+}
+
+fn up_to_500(value: &str) -> Result<(), &'static str> {
+    up_to(500, value, "must have at most 500 characters")
+}
+
+fn up_to_200(value: &str) -> Result<(), &'static str> {
+    up_to(200, value, "must have at most 200 characters")
+}
+
+fn up_to_40(value: &str) -> Result<(), &'static str> {
+    up_to(40, value, "must have at most 40 characters")
+}
+
+fn up_to(limit: usize, value: &str, problem: &'static str) -> Result<(), &'static str> {
+    not_empty(value)?;
+    match value.chars().nth(limit) {
+        Some(_) => Err(problem),
+        None => Ok(()),
     }
 }
 
