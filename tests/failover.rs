@@ -389,3 +389,49 @@ async fn a_long_history_is_whole_while_the_primary_is_down_and_a_replica_lags() 
     lengths.dedup();
     assert_eq!(lengths, [1, 1501]);
 }
+
+#[tokio::test]
+async fn a_replica_that_refuses_new_sessions_is_not_read() {
+    let primary = Cluster::migrated();
+    let replica = primary.standby();
+    let settings = [
+        ("DATABASE_READ_URL", &*replica.url),
+        ("REPLICA_LAG_MS", "600000"),
+        ("WORKERS", "1"),
+    ];
+    let service = Service::start_at(&primary.url, &settings);
+    within(TWO_SECONDS, "a replica that has caught up", || {
+        let ready = service.admin("/health/ready");
+        ready.text().ends_with("is read-only\n")
+    });
+    service.post(LOFT);
+    let replaying = pause_after_the_first_listing(&replica).await;
+    assert_eq!(
+        service
+            .patch("/listings/1", r#"{"latest_price_eur":1}"#)
+            .status,
+        200
+    );
+    let price = || service.get("/listings/1").json()["latest_price_eur"].clone();
+    // The old price, from the replica.
+    assert_eq!(price(), 480_000);
+    let access = replica.folder.path().join(".postgres/data/pg_hba.conf");
+    let rules = std::fs::read_to_string(&access).expect("read pg_hba.conf");
+    std::fs::write(&access, format!("host all all all reject\n{rules}")).expect("write it");
+    run(&replaying, "select pg_reload_conf()").await;
+    // Lists have no session on the replica yet, so the pool asks for one.
+    within(Duration::from_secs(9), "a refusal", || {
+        assert_eq!(service.get("/listings").status, 200);
+        let ready = service.admin("/health/ready");
+        assert_eq!(ready.status, 200, "{ready:?}");
+        ready
+            .text()
+            .contains("refuses new sessions: db error: FATAL: pg_hba.conf rejects")
+    });
+    assert_eq!(price(), 1);
+    std::fs::write(&access, rules).expect("write pg_hba.conf");
+    run(&replaying, "select pg_reload_conf()").await;
+    within(Duration::from_secs(3), "the old price", || {
+        price() == 480_000
+    });
+}

@@ -120,8 +120,8 @@ async fn a_database_without_a_free_connection_does_not_trigger_a_probe() {
     run(&superuser, "alter role few connection limit 0").await;
     let before = link.connections();
     assert_eq!(service.get("/listings/1").status, 503);
-    let tries = 2;
-    assert_eq!(link.connections() - before, tries);
+    // The tries of the request, and the monitor's own, if its next probe was due already.
+    assert!((2..=3).contains(&(link.connections() - before)));
 }
 
 #[tokio::test]
@@ -289,5 +289,70 @@ async fn a_server_without_a_free_connection_keeps_the_ones_that_are_open() {
     while begun.elapsed() < Duration::from_secs(3) {
         assert_eq!(service.get("/listings/1").status, 200);
         assert_eq!(service.patch("/listings/1", "{}").status, 200);
+    }
+}
+
+#[tokio::test]
+async fn an_instance_that_opens_no_session_for_5_s_is_not_ready_until_it_can_again() {
+    let ready = |service: &Service| service.admin("/health/ready").status == 200;
+    let changes = [
+        (
+            "password 'other'",
+            "password 'secret'",
+            "password authentication failed",
+        ),
+        (
+            "connection limit 0",
+            "connection limit -1",
+            "too many connections",
+        ),
+    ];
+    for (change, repair, reason) in changes {
+        let service = Service::start_with(&[("WORKERS", "1"), ("POOL_SIZE", "1")]).await;
+        let alter = format!("alter role {}_login", service.db().name);
+        service.post(LOFT);
+        assert_eq!(service.get("/listings/1").status, 200);
+        assert!(ready(&service));
+        run(service.superuser(), &format!("{alter} {change}")).await;
+        // Ends the session of the pool, but not those of the probe, the schema check and the lookup.
+        let end = "select pg_terminate_backend(pid) from pg_stat_activity \
+            where datname = current_database() and query ~ '^insert'";
+        run(service.superuser(), end).await;
+        let begun = Instant::now();
+        assert_eq!(service.patch("/listings/1", "{}").status, 503);
+        within(Duration::from_secs(9), "not ready", || {
+            // The session of the lookup is open.
+            assert_eq!(service.get("/listings/1").status, 200, "{reason}");
+            !ready(&service)
+        });
+        assert!(begun.elapsed() >= Duration::from_secs(5), "{reason}");
+        let report = service.admin("/health/ready");
+        let said = "accepts writes, refuses new sessions: ";
+        assert!(
+            report.text().contains(said) && report.text().contains(reason),
+            "{report:?}"
+        );
+        assert_eq!(service.get("/listings/1").status, 200, "{reason}");
+
+        // Nobody sends requests to an instance that is not ready.
+        run(service.superuser(), &format!("{alter} {repair}")).await;
+        within(Duration::from_secs(3), "ready", || ready(&service));
+        assert_eq!(service.patch("/listings/1", "{}").status, 200);
+        assert_eq!(service.logged(said).len(), 1, "{:?}", service.log());
+        let over = "accepts new sessions again";
+        assert_eq!(service.logged(over).len(), 1, "{:?}", service.log());
+    }
+}
+
+#[tokio::test]
+async fn a_session_that_failed_long_ago_leaves_the_instance_ready() {
+    let service = Service::start_with(&[("WORKERS", "1"), ("POOL_SIZE", "1")]).await;
+    let alter = format!("alter role {}_login connection limit", service.db().name);
+    run(service.superuser(), &format!("{alter} 0")).await;
+    assert_eq!(service.post(LOFT).status, 503);
+    run(service.superuser(), &format!("{alter} -1")).await;
+    let begun = Instant::now();
+    while begun.elapsed() < Duration::from_secs(7) {
+        assert_eq!(service.admin("/health/ready").status, 200);
     }
 }

@@ -156,9 +156,10 @@ impl Cluster {
         join_all(self.monitor.servers().into_iter().map(ask)).await
     }
 
-    /// Whether the primary is up and accepts writes.
+    /// Whether the primary is up and accepts writes and new sessions.
     pub fn accepts_writes(&self) -> bool {
-        self.check.server().state().writable() == Some(true)
+        let state = self.check.server().state();
+        state.writable() == Some(true) && state.refusal().is_none()
     }
 
     pub fn report(&self) -> Report {

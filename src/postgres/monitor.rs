@@ -13,10 +13,9 @@ use anyhow::{Context, Result};
 use futures_util::future;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout_at};
-use tokio_postgres::Client;
 use tokio_postgres_rustls::MakeRustlsConnect;
 
-use super::probe::{self, Probe, ProbeError, probe};
+use super::probe::{self, Probe, ProbeError, Session, probe};
 use super::server::{Reason, Route, Server, State};
 use crate::settings::Settings;
 
@@ -57,22 +56,22 @@ impl Monitor {
         });
         let servers = monitor.servers();
         let started = servers.into_iter().map(|(_, server)| async {
-            let mut session = None;
+            let mut session = Session::default();
             let result = probe(&server, &mut session).await;
-            monitor.update(&server, result);
+            monitor.update(&server, result, session.refusal());
             rt::spawn(monitor.clone().run(server, session));
         });
         future::join_all(started).await;
         Ok(monitor)
     }
 
-    async fn run(self: Arc<Self>, server: Arc<Server>, mut session: Option<Client>) {
+    async fn run(self: Arc<Self>, server: Arc<Server>, mut session: Session) {
         loop {
             let mut former = None;
             tokio::select! {
                 () = sleep(INTERVAL) => (),
                 // On a new session: a server that shuts down may still answer on old ones.
-                () = server.suspected.notified() => former = session.take(),
+                () = server.suspected.notified() => former = session.client.take(),
             }
             let result = {
                 let mut probed = pin!(probe(&server, &mut session));
@@ -85,31 +84,45 @@ impl Monitor {
             };
             if matches!(result, Err(ProbeError { is_up: true, .. })) {
                 // The server may have no connection left for a new session.
-                session = former;
+                session.client = former;
             }
             let before = server.state();
-            self.update(&server, result);
+            self.update(&server, result, session.refusal());
             let state = server.state();
             match (before.writable(), state.writable()) {
                 (before, after) if before == after => (),
                 (_, Some(_)) => log::info!("database server {} {state}", server.name),
                 (_, None) => log::warn!("database server {} {state}", server.name),
             }
+            match (before.refusal(), state.refusal()) {
+                (None, Some(_)) => log::warn!("database server {} {state}", server.name),
+                (Some(_), None) if state.writable().is_some() => {
+                    log::info!("database server {} accepts new sessions again", server.name);
+                }
+                _ => (),
+            }
         }
     }
 
     /// Updates the state of a server from the result of a probe.
-    fn update(&self, server: &Arc<Server>, result: Result<Probe, ProbeError>) {
+    fn update(
+        &self,
+        server: &Arc<Server>,
+        result: Result<Probe, ProbeError>,
+        refusal: Option<String>,
+    ) {
         let state = match (result, server.state()) {
             (Ok(Probe { writable, position }), _) => State::Up {
                 writable,
                 lag: self.lag(server, position),
                 suspect: false,
+                refusal,
             },
             (Err(ProbeError { is_up: true, .. }), State::Up { writable, lag, .. }) => State::Up {
                 writable,
                 lag,
                 suspect: false,
+                refusal,
             },
             (Err(ProbeError { text, position, .. }), before) => {
                 let lag = position.map(|position| self.lag(server, position));
@@ -191,9 +204,12 @@ impl Monitor {
         self.replicas.iter().map(watch::Sender::subscribe)
     }
 
-    /// Whether a replica is up and its lag is within the limit.
+    /// Whether a replica is up, opens sessions, and its lag is within the limit.
     pub fn is_current(&self, replica: &Server) -> bool {
-        matches!(*replica.state.borrow(), State::Up { lag, suspect: false, .. } if lag <= self.max_lag)
+        matches!(
+            *replica.state.borrow(),
+            State::Up { lag, suspect: false, refusal: None, .. } if lag <= self.max_lag
+        )
     }
 
     /// Every server with its role.

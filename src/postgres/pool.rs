@@ -102,7 +102,8 @@ impl Pool {
                 Error::unavailable(describe(&error))
             })
         });
-        Ok(connected.await?.0)
+        let connected = connected.await;
+        Ok(connected.inspect_err(|_| server.record_refusal())?.0)
     }
 
     async fn within_connect_timeout<T>(

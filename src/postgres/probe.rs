@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use futures_util::future;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use tokio_postgres::config::TargetSessionAttrs;
 use tokio_postgres::{Client, SimpleQueryMessage};
 
@@ -17,6 +17,26 @@ pub const TIMEOUT: Duration = Duration::from_secs(1);
 
 const QUERY: &str = "select current_setting('transaction_read_only') = 'off' as writable, \
     case when pg_is_in_recovery() then pg_last_wal_replay_lsn() else pg_current_wal_flush_lsn() end - '0/0' as position";
+
+/// How long new sessions must fail until the server counts as refusing them.
+const REFUSAL_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How often a new session is tried while they fail.
+const RETRY_INTERVAL: Duration = Duration::from_secs(1);
+
+/// The session of the probes of one server.
+#[derive(Default)]
+pub struct Session {
+    pub client: Option<Client>,
+    refusal: Option<Refusal>,
+}
+
+/// Set if the last try to open a session failed.
+struct Refusal {
+    since: Instant,
+    tried: Instant,
+    text: String,
+}
 
 pub struct Probe {
     pub writable: bool,
@@ -50,12 +70,47 @@ impl ProbeError {
     }
 }
 
+impl Session {
+    /// Why new sessions have failed for some seconds.
+    pub fn refusal(&self) -> Option<String> {
+        let refusal = self.refusal.as_ref()?;
+        let lasts = refusal.since.elapsed() >= REFUSAL_TIMEOUT;
+        lasts.then(|| refusal.text.clone())
+    }
+
+    /// Whether to open another session: a request could not open one, or the last try failed.
+    fn must_retry(&self, server: &Server) -> bool {
+        let refused = server.refused.swap(false, Ordering::Relaxed);
+        match &self.refusal {
+            Some(refusal) => refusal.tried.elapsed() >= RETRY_INTERVAL,
+            None => refused,
+        }
+    }
+
+    async fn open(&mut self, server: &Server) -> Result<Client, ProbeError> {
+        let opened = open(server).await;
+        let now = Instant::now();
+        self.refusal = opened.as_ref().err().map(|error| Refusal {
+            since: self.refusal.as_ref().map_or(now, |refusal| refusal.since),
+            tried: now,
+            text: error.text.clone(),
+        });
+        opened
+    }
+}
+
 /// Probes a server on its session. If the session was ended, probes once more on a new one.
-pub async fn probe(server: &Server, session: &mut Option<Client>) -> Result<Probe, ProbeError> {
+pub async fn probe(server: &Server, session: &mut Session) -> Result<Probe, ProbeError> {
+    if session.client.is_some()
+        && session.must_retry(server)
+        && let Ok(client) = session.open(server).await
+    {
+        session.client = Some(client);
+    }
     loop {
-        let (client, reused) = match session.take() {
+        let (client, reused) = match session.client.take() {
             Some(client) => (client, true),
-            None => (new_session(server).await?, false),
+            None => (session.open(server).await?, false),
         };
         server.answered.store(false, Ordering::Relaxed);
         let answer = timeout(TIMEOUT, client.simple_query(QUERY)).await;
@@ -68,7 +123,7 @@ pub async fn probe(server: &Server, session: &mut Option<Client>) -> Result<Prob
             Err(error) if reused && connection_is_lost(&error) => continue,
             messages => messages.map_err(|error| ProbeError::from_postgres(&error))?,
         };
-        *session = Some(client);
+        session.client = Some(client);
         let probe = messages
             .iter()
             .find_map(read)
@@ -85,7 +140,7 @@ pub async fn probe(server: &Server, session: &mut Option<Client>) -> Result<Prob
     }
 }
 
-async fn new_session(server: &Server) -> Result<Client, ProbeError> {
+async fn open(server: &Server) -> Result<Client, ProbeError> {
     let mut config = server.config.clone();
     // Otherwise the driver would refuse a standby, and each probe of it would need a new session.
     config.target_session_attrs(TargetSessionAttrs::Any);

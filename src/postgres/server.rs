@@ -31,6 +31,8 @@ pub struct Server {
     pub(super) suspected: Notify,
     /// Whether a request got an answer since the last probe was sent.
     pub(super) answered: AtomicBool,
+    /// Whether a request could not open a session since the monitor last tried.
+    pub(super) refused: AtomicBool,
 }
 
 #[derive(Clone)]
@@ -40,6 +42,8 @@ pub enum State {
         writable: bool,
         lag: Duration,
         suspect: bool,
+        /// Why new sessions have failed for some seconds. The sessions that are open work.
+        refusal: Option<String>,
     },
     /// Down for less than the grace period: requests wait.
     Missing { since: Instant, reason: Reason },
@@ -67,6 +71,14 @@ impl State {
         }
     }
 
+    /// Why new sessions have failed for some seconds, if the server is up.
+    pub fn refusal(&self) -> Option<&str> {
+        match self {
+            Self::Up { refusal, .. } => refusal.as_deref(),
+            _ => None,
+        }
+    }
+
     /// How far the server is behind the primary, if it answers.
     pub fn lag(&self) -> Option<Duration> {
         match self {
@@ -79,7 +91,7 @@ impl State {
 impl Display for State {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Up { writable: true, .. } => return f.write_str("accepts writes"),
+            Self::Up { writable: true, .. } => f.write_str("accepts writes")?,
             Self::Up { .. } => f.write_str("is read-only")?,
             Self::Missing { reason, .. } | Self::Down { reason } if reason.lag.is_some() => {
                 f.write_str(&reason.text)?;
@@ -89,9 +101,14 @@ impl Display for State {
             }
         }
         match self.lag() {
-            None | Some(Duration::ZERO) => Ok(()),
-            Some(Duration::MAX) => f.write_str(", lag unknown"),
-            Some(lag) => write!(f, ", {:.3} s behind", lag.as_secs_f64()),
+            _ if self.writable() == Some(true) => (),
+            None | Some(Duration::ZERO) => (),
+            Some(Duration::MAX) => f.write_str(", lag unknown")?,
+            Some(lag) => write!(f, ", {:.3} s behind", lag.as_secs_f64())?,
+        }
+        match self.refusal() {
+            Some(refusal) => write!(f, ", refuses new sessions: {refusal}"),
+            None => Ok(()),
         }
     }
 }
@@ -123,6 +140,7 @@ impl Server {
             state: watch::Sender::new(State::Down { reason }),
             suspected: Notify::new(),
             answered: AtomicBool::new(false),
+            refused: AtomicBool::new(false),
         })
     }
 
@@ -153,6 +171,11 @@ impl Server {
         if connection_is_lost(error) {
             self.suspect();
         }
+    }
+
+    /// Records that a request could not open a session. The sessions that are open may work.
+    pub fn record_refusal(&self) {
+        self.refused.store(true, Ordering::Relaxed);
     }
 
     /// Ends the grace period.

@@ -5,7 +5,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use deadpool_postgres::{ClientWrapper, Object, PoolError};
+use deadpool_postgres::{ClientWrapper, Object, PoolError, TimeoutType};
 use tokio::time::timeout;
 use tokio_postgres::Row;
 use tokio_postgres::types::ToSql;
@@ -156,7 +156,15 @@ impl Pool {
                     server.suspect();
                     return Err(retry(error.into()));
                 }
-                Err(error) => return Err(Error::from(error).into()),
+                Err(error) => {
+                    if matches!(
+                        error,
+                        PoolError::Backend(_) | PoolError::Timeout(TimeoutType::Create)
+                    ) {
+                        server.record_refusal();
+                    }
+                    return Err(Error::from(error).into());
+                }
             }
         }
     }
