@@ -159,7 +159,11 @@ async fn replicas_are_read_in_turn_and_a_replica_that_is_down_is_skipped() {
     );
     let service = Service::start_at(
         &primary.url,
-        &[("DATABASE_READ_URL", &url), ("WORKERS", "1")],
+        &[
+            ("DATABASE_READ_URL", &url),
+            ("WORKERS", "1"),
+            ("REPLICA_LAG_MS", "600000"),
+        ],
     );
     assert_eq!(service.post(LOFT).status, 201);
     let read_all = || {
@@ -434,4 +438,179 @@ async fn a_replica_that_refuses_new_sessions_is_not_read() {
     within(Duration::from_secs(3), "the old price", || {
         price() == 480_000
     });
+}
+
+#[tokio::test]
+async fn a_replica_that_is_ahead_of_the_promoted_standby_on_the_former_timeline_is_not_read() {
+    let primary = Cluster::migrated();
+    let (standby, replica) = (primary.standby(), primary.standby());
+    let hosts = [primary.address(), standby.address()];
+    let url = format!(
+        "{}?target_session_attrs=read-write",
+        through(&primary, &hosts)
+    );
+    let settings = [
+        ("DATABASE_READ_URL", &*replica.url),
+        ("REPLICA_LAG_MS", "600000"),
+    ];
+    let service = Service::start_at(&url, &settings);
+    service.post(LOFT);
+    let logged = "select count(*) from listing_price_log";
+    standby.wait_for(logged, "1").await;
+    // The standby stops to follow, so its promotion loses what comes next.
+    let superuser = standby.superuser().await;
+    alter_system(&superuser, "set primary_conninfo = ''").await;
+    wait_for(&superuser, "select count(*) from pg_stat_wal_receiver", "0").await;
+    let lost = "do 'begin for n in 1..1000 loop update listing set price = n; end loop; end'";
+    run(&primary.superuser().await, lost).await;
+    replica.wait_for(logged, "1001").await;
+    primary.kill();
+    standby.call("promote");
+    let reprice = r#"{"latest_price_eur":2}"#;
+    within(Duration::from_secs(3), "a write", || {
+        service.patch("/listings/1", reprice).status == 200
+    });
+    let begun = Instant::now();
+    while begun.elapsed() < TWO_SECONDS {
+        assert_eq!(service.get("/listings/1").json()["latest_price_eur"], 2);
+    }
+    let ready = service.admin("/health/ready");
+    let said = format!(
+        "replica {} is not known to be on timeline 2, lag unknown\n",
+        replica.address()
+    );
+    assert!(
+        ready.status == 200 && ready.text().ends_with(&said),
+        "{ready:?}"
+    );
+}
+
+#[tokio::test]
+async fn a_replica_that_follows_the_promoted_standby_is_read_once_its_timeline_is_known() {
+    let primary = Cluster::migrated();
+    let standby = primary.standby();
+    let replica = standby.standby();
+    let plain = "create role plain login password 'plain' in role listing_api";
+    let entitled =
+        "create role entitled login password 'entitled' in role listing_api, pg_read_all_stats";
+    run(&primary.superuser().await, plain).await;
+    run(&primary.superuser().await, entitled).await;
+    let roles = "select count(*) from pg_roles where rolname in ('plain', 'entitled')";
+    replica.wait_for(roles, "2").await;
+    let start = |role: &str| {
+        let at = |hosts: &str| format!("postgres://{role}:{role}@{hosts}/listing");
+        let url = at(&format!("{},{}", primary.address(), standby.address()));
+        let replicas = at(replica.address());
+        let settings = [("DATABASE_READ_URL", &*replicas)];
+        Service::start_at(&format!("{url}?target_session_attrs=read-write"), &settings)
+    };
+    let health = |service: &Service| service.admin("/health/ready").text().to_owned();
+    let is_read = |service: &Service| health(service).ends_with("is read-only\n");
+    let [plain, entitled] = [start("plain"), start("entitled")];
+    within(TWO_SECONDS, "a replica that has caught up", || {
+        is_read(&plain) && is_read(&entitled)
+    });
+    primary.kill();
+    standby.call("promote");
+    within(
+        Duration::from_secs(4),
+        "the timeline for pg_read_all_stats",
+        || is_read(&entitled),
+    );
+    // A role without it must wait for a checkpoint on both servers.
+    let unknown = "is not known to be on timeline 2, lag unknown\n";
+    within(Duration::from_secs(4), unknown, || {
+        health(&plain).ends_with(unknown)
+    });
+    let promoted = standby.superuser().await;
+    run(&promoted, "checkpoint").await;
+    let position = value(&promoted, "select pg_current_wal_flush_lsn()").await;
+    let replayed = format!("select pg_last_wal_replay_lsn() >= '{position}'");
+    replica.wait_for(&replayed, "t").await;
+    run(&replica.superuser().await, "checkpoint").await;
+    within(TWO_SECONDS, "the timeline for a plain role", || {
+        is_read(&plain)
+    });
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_is_read_while_its_own_clock_is_within_the_limit_if_the_primary_does_not_answer()
+{
+    let primary = Cluster::migrated();
+    let replica = primary.standby();
+    let link = Link::to(&primary);
+    let url = through(&primary, &[&link.address]);
+    let settings = [
+        ("DATABASE_READ_URL", &*replica.url),
+        ("REPLICA_LAG_MS", "1500"),
+        ("POOL_WAIT_MS", "200"),
+    ];
+    let service = Service::start_at(&url, &settings);
+    service.post(LOFT);
+    let health = || service.admin("/health/ready").text().to_owned();
+    within(TWO_SECONDS, "a replica that has caught up", || {
+        health().ends_with("is read-only\n")
+    });
+    replica
+        .wait_for("select count(*) from listing_price_log", "1")
+        .await;
+    // Others reach the primary, and write for eight seconds.
+    let others = primary.superuser().await;
+    let writes = "do 'begin for n in 1..80 loop update listing set price = n; commit; perform pg_sleep(0.1); end loop; end'";
+    let writing = tokio::spawn(async move { run(&others, writes).await });
+    link.cut(true);
+    let down = format!(
+        "database_server_up{{part=\"primary\",server=\"{}\"}} 0",
+        link.address
+    );
+    within(Duration::from_secs(4), &down, || {
+        service.admin("/metrics").text().contains(&down)
+    });
+    let begun = Instant::now();
+    while begun.elapsed() < TWO_SECONDS {
+        assert_eq!(service.get("/listings/1").status, 200, "{}", health());
+    }
+    writing.await.expect("eighty writes");
+    // The replica cannot tell whether the primary writes nothing or does not reach it.
+    within(Duration::from_secs(4), "a refusal", || {
+        service.get("/listings/1").status == 503
+    });
+    assert!(health().contains(" s behind"), "{}", health());
+    link.cut(false);
+    within(TWO_SECONDS, "a read", || {
+        service.get("/listings/1").status == 200
+    });
+}
+
+#[tokio::test]
+async fn a_replica_is_not_read_while_the_primary_has_not_been_probed() {
+    let primary = Cluster::migrated();
+    let (standby, replica) = (primary.standby(), primary.standby());
+    let writer = Service::start_at(&primary.url, &[]);
+    writer.post(LOFT);
+    let _replaying = pause_after_the_first_listing(&replica).await;
+    assert_eq!(
+        writer
+            .patch("/listings/1", r#"{"latest_price_eur":1}"#)
+            .status,
+        200
+    );
+    standby
+        .wait_for("select count(*) from listing_price_log", "2")
+        .await;
+    primary.call("stop");
+    // The clock of the replica is within the limit, but only the standby has the last price.
+    let settings = [
+        ("DATABASE_READ_URL", &*replica.url),
+        ("REPLICA_LAG_MS", "600000"),
+    ];
+    let url = through(&primary, &[primary.address(), standby.address()]);
+    let service = Service::start_at(&url, &settings);
+    let begun = Instant::now();
+    while begun.elapsed() < Duration::from_secs(1) {
+        assert_eq!(service.get("/listings/1").json()["latest_price_eur"], 1);
+    }
+    let health = service.admin("/health/ready");
+    let said = format!("replica {} is read-only, lag unknown", replica.address());
+    assert!(health.text().contains(&said), "{health:?}");
 }

@@ -15,7 +15,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout_at};
 use tokio_postgres_rustls::MakeRustlsConnect;
 
-use super::probe::{self, Probe, ProbeError, Session, probe};
+use super::probe::{self, Probe, ProbeError, Session, WalPosition, probe};
 use super::server::{Reason, Route, Server, State};
 use crate::settings::Settings;
 
@@ -27,9 +27,16 @@ pub struct Monitor {
     primary: watch::Sender<Arc<Server>>,
     /// The hosts of `DATABASE_READ_URL`. Their routes never change.
     replicas: Vec<watch::Sender<Arc<Server>>>,
-    /// When the primary was first seen at which position.
-    positions: Mutex<VecDeque<(Instant, u64)>>,
+    history: Mutex<History>,
     max_lag: Duration,
+}
+
+/// What the probes of the primary have seen of its write-ahead log. Empty until the first one has ended.
+#[derive(Default)]
+struct History {
+    timeline: Option<i32>,
+    /// When the primary was last seen at which position.
+    positions: VecDeque<(Instant, u64)>,
 }
 
 impl Monitor {
@@ -51,7 +58,7 @@ impl Monitor {
             primary: watch::Sender::new(first.clone()),
             replicas: replicas.collect(),
             candidates,
-            positions: Mutex::default(),
+            history: Mutex::default(),
             max_lag: settings.replica_lag,
         });
         let servers = monitor.servers();
@@ -111,21 +118,27 @@ impl Monitor {
         result: Result<Probe, ProbeError>,
         refusal: Option<String>,
     ) {
+        let result = result.and_then(|probe| self.require_timeline(server, probe));
         let state = match (result, server.state()) {
-            (Ok(Probe { writable, position }), _) => State::Up {
+            (Ok(Probe { writable, wal }), _) => State::Up {
                 writable,
-                lag: self.lag(server, position),
+                lag: self.lag(server, wal),
                 suspect: false,
                 refusal,
             },
             (Err(ProbeError { is_up: true, .. }), State::Up { writable, lag, .. }) => State::Up {
                 writable,
-                lag,
+                // Not measured, so it may have grown by as much as a probe takes.
+                lag: if writable {
+                    lag
+                } else {
+                    lag.saturating_add(probe::TIMEOUT)
+                },
                 suspect: false,
                 refusal,
             },
-            (Err(ProbeError { text, position, .. }), before) => {
-                let lag = position.map(|position| self.lag(server, position));
+            (Err(ProbeError { text, wal, .. }), before) => {
+                let lag = wal.map(|wal| self.lag(server, wal));
                 let reason = Reason { text, lag };
                 let since = match before {
                     State::Up { .. } => Some(Instant::now()),
@@ -163,37 +176,89 @@ impl Monitor {
                 primary.name
             );
             self.primary.send_replace(next.clone());
-            self.lock_positions().clear();
+            if accepts_writes(&next) {
+                self.forget_history();
+            }
         }
     }
 
-    /// How long ago the primary was at this position. The maximum if that was before the first probe.
-    fn lag(&self, server: &Arc<Server>, position: u64) -> Duration {
-        /// About twenty minutes.
-        const MAX_POSITIONS: usize = 5000;
-        let mut positions = self.lock_positions();
-        if *server == *self.primary.borrow() {
-            let newest = positions.back().map(|(_, newest)| *newest);
-            if newest.is_none_or(|newest| position > newest) {
-                positions.push_back((Instant::now(), position));
-            }
-            if positions.len() > MAX_POSITIONS {
-                positions.pop_front();
-            }
+    /// Fails for a replica that may have replayed what is not part of the primary's write-ahead log.
+    fn require_timeline(&self, server: &Arc<Server>, probe: Probe) -> Result<Probe, ProbeError> {
+        let mut replicas = self.replicas.iter();
+        let is_replica = replicas.any(|replica| Arc::ptr_eq(&replica.borrow(), server));
+        let timeline = self.lock_history().timeline;
+        match timeline.filter(|timeline| is_replica && *timeline != probe.wal.timeline) {
+            Some(timeline) => Err(ProbeError {
+                wal: Some(probe.wal),
+                ..ProbeError::new(&format!("is not known to be on timeline {timeline}"))
+            }),
+            None => Ok(probe),
+        }
+    }
+
+    /// How old the data of a server is at most, compared to the primary. The maximum if that is unknown.
+    fn lag(&self, server: &Server, wal: WalPosition) -> Duration {
+        if wal.replay_age.is_none() && *server == **self.primary.borrow() {
+            self.record(wal);
             return Duration::ZERO;
         }
-        match positions.partition_point(|(_, reached)| *reached <= position) {
-            0 => Duration::MAX,
-            next => positions
-                .get(next)
-                .map_or(Duration::ZERO, |(since, _)| since.elapsed()),
+        let history = self.lock_history();
+        let (timeline, positions) = (history.timeline, &history.positions);
+        let next = positions.partition_point(|(_, reached)| *reached <= wal.position);
+        let reached = next.checked_sub(1).and_then(|last| positions.get(last));
+        let Some((seen, _)) = reached.filter(|_| timeline == Some(wal.timeline)) else {
+            return Duration::MAX;
+        };
+        let age = seen.elapsed();
+        if next < positions.len() {
+            age
+        } else if age <= INTERVAL + probe::TIMEOUT {
+            Duration::ZERO
+        } else {
+            // The primary does not answer, and may be at any position.
+            age.min(wal.replay_age.unwrap_or(Duration::MAX))
         }
     }
 
-    fn lock_positions(&self) -> std::sync::MutexGuard<'_, VecDeque<(Instant, u64)>> {
-        self.positions
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+    /// Records where the primary is.
+    fn record(&self, wal: WalPosition) {
+        /// About twenty minutes.
+        const MAX_POSITIONS: usize = 5000;
+        let mut history = self.lock_history();
+        let newest = history.positions.back().map(|(_, newest)| *newest);
+        if history.timeline != Some(wal.timeline) || newest > Some(wal.position) {
+            // Another server answers, or the same after a promotion.
+            drop(history);
+            self.forget_history();
+            history = self.lock_history();
+            history.timeline = Some(wal.timeline);
+        }
+        let positions = &mut history.positions;
+        if newest == Some(wal.position) {
+            positions.pop_back();
+        }
+        positions.push_back((Instant::now(), wal.position));
+        if positions.len() > MAX_POSITIONS {
+            positions.pop_front();
+        }
+    }
+
+    /// Forgets the write-ahead log of the former primary. No replica is read until the new primary and the replica are probed.
+    fn forget_history(&self) {
+        *self.lock_history() = History::default();
+        for replica in &self.replicas {
+            replica.borrow().state.send_if_modified(|state| {
+                let State::Up { lag, .. } = state else {
+                    return false;
+                };
+                *lag = Duration::MAX;
+                true
+            });
+        }
+    }
+
+    fn lock_history(&self) -> std::sync::MutexGuard<'_, History> {
+        self.history.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub fn primary(&self) -> Route {

@@ -1,4 +1,4 @@
-//! Asks one server whether it accepts writes and how far its write-ahead log has come.
+//! Asks one server whether it accepts writes and where it is in the write-ahead log.
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -15,8 +15,17 @@ use super::server::{Server, State};
 /// Far more than a healthy server needs.
 pub const TIMEOUT: Duration = Duration::from_secs(1);
 
+/// The position is read before the timeline: a standby that changes to the primary's timeline has replayed nothing else before.
+///
+/// Plain roles see the timeline of a standby late, in its control file. `received_tli` is null for them, see
+/// docs/high-availability.md. A standby receives a timeline only if all that it has replayed is part of it.
 const QUERY: &str = "select current_setting('transaction_read_only') = 'off' as writable, \
-    case when pg_is_in_recovery() then pg_last_wal_replay_lsn() else pg_current_wal_flush_lsn() end - '0/0' as position";
+    case when pg_is_in_recovery() then pg_last_wal_replay_lsn() else pg_current_wal_flush_lsn() end - '0/0' as position, \
+    case when pg_is_in_recovery() then greatest((pg_control_checkpoint()).timeline_id, \
+            (pg_control_recovery()).min_recovery_end_timeline, (select received_tli from pg_stat_wal_receiver)) \
+        else ('x' || left(pg_walfile_name(pg_current_wal_insert_lsn()), 8))::bit(32)::int end as timeline, \
+    case when pg_is_in_recovery() \
+        then coalesce(extract(epoch from clock_timestamp() - pg_last_xact_replay_timestamp()), 'infinity') end as replay_age";
 
 /// How long new sessions must fail until the server counts as refusing them.
 const REFUSAL_TIMEOUT: Duration = Duration::from_secs(5);
@@ -40,8 +49,17 @@ struct Refusal {
 
 pub struct Probe {
     pub writable: bool,
-    /// In bytes of write-ahead log.
+    pub wal: WalPosition,
+}
+
+/// Where a server is in the write-ahead log.
+#[derive(Clone, Copy)]
+pub struct WalPosition {
+    pub timeline: i32,
+    /// In bytes.
     pub position: u64,
+    /// Of a standby: how long ago the last transaction that it has replayed was committed.
+    pub replay_age: Option<Duration>,
 }
 
 pub struct ProbeError {
@@ -49,15 +67,15 @@ pub struct ProbeError {
     /// Whether the server works for the sessions it has.
     pub is_up: bool,
     /// Set if the server answers but is not of the kind that its URL asks for.
-    pub position: Option<u64>,
+    pub wal: Option<WalPosition>,
 }
 
 impl ProbeError {
-    fn new(text: &str) -> Self {
+    pub fn new(text: &str) -> Self {
         Self {
             text: text.to_owned(),
             is_up: false,
-            position: None,
+            wal: None,
         }
     }
 
@@ -129,7 +147,7 @@ pub async fn probe(server: &Server, session: &mut Session) -> Result<Probe, Prob
             .find_map(read)
             .ok_or_else(|| ProbeError::new("the answer to the probe cannot be read"))?;
         let wrong_kind = |text| ProbeError {
-            position: Some(probe.position),
+            wal: Some(probe.wal),
             ..ProbeError::new(text)
         };
         return match (server.config.get_target_session_attrs(), probe.writable) {
@@ -164,12 +182,23 @@ fn read(message: &SimpleQueryMessage) -> Option<Probe> {
     let SimpleQueryMessage::Row(row) = message else {
         return None;
     };
+    let replay_age = row.get("replay_age").map(|seconds| {
+        // Negative if the clock of the primary is ahead.
+        let seconds = seconds
+            .parse()
+            .map_or(f64::INFINITY, |age: f64| age.max(0.0));
+        Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX)
+    });
     Some(Probe {
         writable: row.get("writable")? == "t",
-        // Null on a server that has not replayed anything yet.
-        position: row
-            .get("position")
-            .and_then(|position| position.parse().ok())
-            .unwrap_or(0),
+        wal: WalPosition {
+            timeline: row.get("timeline")?.parse().ok()?,
+            // Null on a server that has not replayed anything yet.
+            position: row
+                .get("position")
+                .and_then(|position| position.parse().ok())
+                .unwrap_or(0),
+            replay_age,
+        },
     })
 }
