@@ -335,16 +335,25 @@ async fn hostile_strings_are_stored_as_strings() {
 }
 
 #[tokio::test]
-async fn a_trigger_before_a_statement_never_sees_the_actor_of_another_request() {
+async fn row_triggers_see_the_actor_of_their_request_and_triggers_before_a_statement_see_none() {
     // One connection for all keys.
     let settings = [("AUTH", "keys"), ("WORKERS", "1"), ("POOL_SIZE", "1")];
     let service = Service::start_with(&settings).await;
     let db = service.superuser();
-    let trigger = "create table seen (actor text); grant insert on seen to public; \
+    let see = "create table seen (time text, actor text); grant insert on seen to public; \
         create function public.see() returns trigger language plpgsql as \
-            'begin insert into public.seen values (current_setting(''listing.actor'', true)); return null; end'; \
-        create trigger seen before insert or update or delete on listing for each statement execute function public.see()";
-    run(db, trigger).await;
+            'begin insert into public.seen values (lower(tg_when || '' '' || tg_level), current_setting(''listing.actor'', true)); \
+            return coalesce(new, old); end'";
+    run(db, see).await;
+    for time in ["before", "after"] {
+        for level in ["row", "statement"] {
+            let trigger = format!(
+                "create trigger {time}_{level} {time} insert or update or delete on listing \
+                for each {level} execute function public.see()"
+            );
+            run(db, &trigger).await;
+        }
+    }
     for owner in ["a", "b"] {
         let key = bearer(&create_key(db, owner).await);
         let path = format!(
@@ -355,11 +364,15 @@ async fn a_trigger_before_a_statement_never_sees_the_actor_of_another_request() 
             let status = service.send(method, &path, &key, body).status;
             assert!([200, 204].contains(&status), "{method} {status}");
         }
-        // The service sets the actor within the statement, so a trigger before it finds the writer's own or none.
-        let others =
-            format!("select coalesce(actor, '') from seen where actor not in ('', '{owner}')");
-        assert_eq!(rows(db, &others).await, [""; 0]);
-        assert_eq!(rows(db, "delete from seen returning 1").await, ["1"; 4]);
+        let seen = "select concat_ws(' ', time, nullif(actor, ''), count(*)) from seen group by time, nullif(actor, '') order by time";
+        let expected = [
+            format!("after row {owner} 4"),
+            format!("after statement {owner} 4"),
+            format!("before row {owner} 4"),
+            "before statement 4".to_owned(),
+        ];
+        assert_eq!(rows(db, seen).await, expected);
+        run(db, "delete from seen").await;
     }
 }
 

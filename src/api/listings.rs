@@ -111,7 +111,7 @@ pub fn parse_id(text: &str) -> Result<i32, ApiError> {
 }
 
 /// An expression that sets `listing.actor` for this transaction before it returns its value. So the actor is known before any
-/// trigger of the row fires.
+/// trigger of the row fires. A trigger before the statement sees none: it fires before any expression is evaluated.
 macro_rules! with_actor {
     ($actor:literal, $value:literal) => {
         concat!(
@@ -273,7 +273,7 @@ async fn update(
     }
 }
 
-/// The history is deleted with the listing. The actor is for triggers of the DBA.
+/// The history is deleted with the listing. The actor is for row triggers of the DBA.
 const DELETE: &str = "delete from public.listing \
     where id = $1 and ($2::text[] is null or xmin::text = any($2)) and ($3::text is null or owner = $3) \
     and ($4::text is null or set_config('listing.actor', $4, true) is not null) returning id";
