@@ -102,6 +102,13 @@ async fn an_archive_restored_by_pg_restore_holds_the_same_log() {
     ]);
     pg_restore.arg(&archive);
     succeed(pg_restore, "");
+    assert_eq!(rows(&copy, WHOLE_LOG).await, log);
+    // The new server has given out fewer transaction numbers.
+    let problems = "select problem, mend from listing_price_log_problem";
+    let expected = "transaction numbers from the future|select public.restart_change_feed();";
+    assert_eq!(rows(&copy, problems).await, [expected]);
+    run(&copy, "select public.restart_change_feed()").await;
+    let log = rows(&copy, WHOLE_LOG).await;
     assert_same_and_logging(&copy, &log).await;
 }
 

@@ -5,9 +5,10 @@ use tokio_postgres::Client;
 use crate::support::{Database, apply, in_checkout, insert_listing, refusal, rows, run};
 
 /// Every right that a role other than the owner has on an object in `public`. A new object needs a line here.
-const RIGHTS: [&str; 34] = [
+const RIGHTS: [&str; 36] = [
     "api_key: nothing",
     "api_key_id_seq: nothing",
+    "change_feed_epoch(): execute listing_api",
     "create_api_key(text,text,boolean): nothing",
     "find_api_keys(bytea[]): execute listing_api",
     "hand_over_listings(integer[],text): nothing",
@@ -41,6 +42,7 @@ const RIGHTS: [&str; 34] = [
     "refuse_listing_price_log_change(): nothing",
     "replace_actor(text,text): nothing",
     "reset_listing_access(): nothing",
+    "restart_change_feed(): nothing",
     "revoke_api_key(bigint): nothing",
     "schema public: usage listing_api, listing_auditor, older, stranger",
     "set_listing_updated_date(): nothing",

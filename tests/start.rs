@@ -169,7 +169,7 @@ async fn a_database_without_the_right_schema_is_refused_with_the_command_to_run(
     .await;
     assert_refuses(
         command(&url),
-        &format!("the database lacks migration V5__control_access: {repair}"),
+        &format!("the database lacks migration V6__control_access: {repair}"),
     );
     run(
         &db.superuser,

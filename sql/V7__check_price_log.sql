@@ -385,6 +385,30 @@ cross join lateral (
 ) as problem
 where finding.is_orphan or finding.is_not_current or finding.is_broken or finding.is_headless
 union all
+select
+    'transaction numbers from the future',
+    null,
+    null,
+    format(
+        '%s rows of the log have transaction numbers that this server has not given out yet, because the rows come from another '
+        'server. The change feed delivers such a row only when the number is given out. Until then, undo_price_changes() can '
+        'confuse two transactions. Call restart_change_feed(): all rows then count as past, and consumers begin anew.',
+        number_from_the_future.row_count
+    ),
+    'select public.restart_change_feed();'
+from (
+    select count(*) as row_count
+    from (
+        select xact_id from public.listing_price_log
+        union all
+        select xact_id from public.listing_deletion
+    ) as logged
+    where xact_id >= pg_snapshot_xmax(pg_current_snapshot())
+        -- The reader may be the writer.
+        and xact_id is distinct from pg_current_xact_id_if_assigned()
+) as number_from_the_future
+where number_from_the_future.row_count > 0
+union all
 select problem, null::integer, null::bigint, explanation, mend
 from public.listing_setup_problem;
 

@@ -194,6 +194,8 @@ from (
         ('function', 'public.import_price_history(regclass, name, name, name)', 'execute', '{}'),
         ('function', 'public.undo_price_changes(xid8)', 'execute', '{}'),
         ('function', 'public.replace_actor(text, text)', 'execute', '{}'),
+        ('function', 'public.restart_change_feed()', 'execute', '{}'),
+        ('function', 'public.change_feed_epoch()', 'execute', array['listing_api']),
         ('function', 'public.create_api_key(text, text, boolean)', 'execute', '{}'),
         ('function', 'public.revoke_api_key(bigint)', 'execute', '{}'),
         ('function', 'public.list_api_keys()', 'execute', array['listing_auditor']),
