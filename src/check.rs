@@ -72,7 +72,7 @@ async fn check_statements(cluster: &Cluster, auth: AuthMode) -> Result<Option<St
         }
     }
     if refused.is_empty() {
-        for row in cluster.read(SELECT_REFUSED_SEQUENCE).await? {
+        for row in cluster.read(SELECT_REFUSED_SEQUENCE, &[]).await? {
             refused.insert(row.try_get("reason")?, vec!["POST /listings"]);
         }
     }
@@ -98,7 +98,7 @@ const SELECT_GRANT: &str = "select 'run: ' || case when pg_has_role(session_user
 
 /// How the role gets the rights of the service.
 async fn grant(cluster: &Cluster) -> Result<String> {
-    let rows = cluster.read(SELECT_GRANT).await?;
+    let rows = cluster.read(SELECT_GRANT, &[]).await?;
     let mend = rows
         .first()
         .map_or(Ok(String::new()), |row| row.try_get("mend"))?;
@@ -114,7 +114,7 @@ const SELECT_SETUP_PROBLEMS: &str = "select explanation, mend from public.listin
 
 /// Each problem of the setup with the statement that repairs it.
 async fn setup_problems(cluster: &Cluster) -> Result<Vec<String>> {
-    let rows = cluster.read(SELECT_SETUP_PROBLEMS).await?;
+    let rows = cluster.read(SELECT_SETUP_PROBLEMS, &[]).await?;
     let problem = |row: &Row| {
         let (explanation, mend) = (row.try_get("explanation")?, row.try_get("mend")?);
         let (explanation, mend): (&str, &str) = (explanation, mend);

@@ -19,7 +19,7 @@ use tokio::net::TcpSocket;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::admin::{self, Stopping};
-use crate::api;
+use crate::api::{self, Feed};
 use crate::check::{Checked, check};
 use crate::http::connection::Connection;
 use crate::http::metrics;
@@ -53,7 +53,13 @@ pub async fn run(check_only: bool) -> Result<()> {
     let (admin_listener, admin_listen) = bind("ADMIN_ADDR", settings.admin)?;
     metrics::register()?;
     let stopping = Data::new(Stopping::default());
-    let api = serve_api(api_listener, settings.clone(), cluster.clone())?;
+    let feed = Feed::start(cluster.clone())?;
+    let api = serve_api(
+        api_listener,
+        settings.clone(),
+        cluster.clone(),
+        feed.clone(),
+    )?;
     let admin = serve_admin(admin_listener, cluster.clone(), stopping.clone())?;
     for server in servers {
         log::info!("{server}");
@@ -74,6 +80,8 @@ pub async fn run(check_only: bool) -> Result<()> {
         );
         stopping.0.store(true, Ordering::Relaxed);
         rt::time::sleep(settings.shutdown_delay).await;
+        // After the delay, so that clients that reconnect reach another instance.
+        feed.stop();
         api_handle.stop(true).await;
         admin_handle.stop(false).await;
     });
@@ -88,6 +96,7 @@ fn serve_api(
     listener: TcpListener,
     settings: Data<Settings>,
     cluster: Data<Cluster>,
+    feed: Data<Feed>,
 ) -> Result<Server> {
     let workers = settings.workers;
     let max_connections = max_connections(&settings)?;
@@ -97,10 +106,10 @@ fn serve_api(
     // Called once for each worker, on its thread.
     let service = move || {
         let database = cluster.for_worker();
-        let auth = settings.auth;
+        let (feed, auth) = (feed.clone(), settings.auth);
         let app = App::new()
             .app_data(settings.clone())
-            .configure(|config| api::configure(config, database, auth))
+            .configure(|config| api::configure(config, database, feed, auth))
             .wrap(Compress::default())
             .wrap(from_fn(middleware))
             .wrap(Logger::new("%r %s %b %Dms %{x-request-id}o"));

@@ -3,6 +3,7 @@
 mod adoption;
 mod architecture;
 mod capture;
+mod changes;
 mod chaos;
 mod chart;
 mod commands;

@@ -2,6 +2,9 @@
 
 mod auth;
 mod chart;
+mod change_cursor;
+mod change_feed;
+mod changes;
 mod docs;
 mod listing_filter;
 mod listing_input;
@@ -12,18 +15,21 @@ use actix_web::http::{Method, StatusCode, header};
 use actix_web::web::{self, Data, ServiceConfig};
 use actix_web::{HttpRequest, HttpResponse, Resource, Route, guard};
 
+pub use self::change_feed::Feed;
+
 use crate::http::body;
 use crate::http::error::ApiError;
 use crate::postgres::Database;
 use crate::settings::AuthMode;
 
 /// Adds the routes, and what their handlers need on this worker.
-pub fn configure(config: &mut ServiceConfig, database: Database, auth: AuthMode) {
+pub fn configure(config: &mut ServiceConfig, database: Database, feed: Data<Feed>, auth: AuthMode) {
     config
         .app_data(Data::new(listings::ById::new(&database)))
         .app_data(Data::new(prices::ByListing::new(&database)))
         .app_data(Data::new(auth::Auth::new(&database, auth)))
         .app_data(Data::new(database))
+        .app_data(feed)
         .service(
             resource("/listings", "GET, HEAD, POST, OPTIONS")
                 .route(get().to(listings::list))
@@ -43,6 +49,7 @@ pub fn configure(config: &mut ServiceConfig, database: Database, auth: AuthMode)
             resource("/listings/{id}/prices.svg", "GET, HEAD, OPTIONS").route(get().to(chart::get)),
         )
         .service(resource("/", "GET, HEAD, OPTIONS").route(get().to(docs::root)))
+        .service(resource("/changes", "GET, HEAD, OPTIONS").route(get().to(changes::list)))
         .service(resource("/openapi.yaml", "GET, HEAD, OPTIONS").route(get().to(docs::openapi)))
         .service(resource("/docs", "GET, HEAD, OPTIONS").route(get().to(docs::page)))
         .service(resource("/docs/{file}", "GET, HEAD, OPTIONS").route(get().to(docs::file)))
@@ -53,6 +60,7 @@ pub fn configure(config: &mut ServiceConfig, database: Database, auth: AuthMode)
 pub fn statements(auth: AuthMode) -> Vec<(&'static str, String)> {
     let mut statements = listings::statements();
     statements.extend(prices::statements());
+    statements.extend(change_feed::statements());
     if auth == AuthMode::Keys {
         statements.push(("a lookup of API keys", auth::SELECT_KEYS.to_owned()));
     }

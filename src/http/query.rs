@@ -1,5 +1,7 @@
 //! The parameters of a query. Each has a rule and may be given only once.
 
+use std::time::Duration;
+
 use actix_web::HttpRequest;
 use actix_web::web;
 use chrono::{DateTime, Utc};
@@ -65,6 +67,15 @@ impl Query {
             Some(limit @ 1..=1000) => Ok(limit),
             _ => Err("must be between 1 and 1000"),
         })
+    }
+
+    /// How long to wait, if there is nothing to return yet.
+    pub fn wait(&mut self) -> Result<Duration, ApiError> {
+        let wait = self.read("wait", |text| match digits(text).map(u64::try_from) {
+            Some(Ok(seconds @ 0..=60)) => Ok(Duration::from_secs(seconds)),
+            _ => Err("must be between 0 and 60"),
+        })?;
+        Ok(wait.unwrap_or_default())
     }
 
     pub fn integer(&mut self, name: &'static str) -> Result<Option<i32>, ApiError> {

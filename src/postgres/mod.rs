@@ -54,7 +54,7 @@ pub struct Cluster {
     monitor: Arc<Monitor>,
     workers: Vec<Pools>,
     next_worker: AtomicUsize,
-    /// One connection for the schema check.
+    /// One connection for the schema check and the poll of the change feed.
     check: Pool,
     queue_size: usize,
 }
@@ -136,8 +136,8 @@ impl Cluster {
     }
 
     /// Runs a statement on the primary, outside the pools of the workers.
-    pub async fn read(&self, sql: &str) -> Result<Vec<Row>, Error> {
-        self.check.read(sql, &[]).await
+    pub async fn read(&self, sql: &str, parameters: Parameters<'_>) -> Result<Vec<Row>, Error> {
+        self.check.read(sql, parameters).await
     }
 
     /// Fails if PostgreSQL would refuse a statement. Does not run it.

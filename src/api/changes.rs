@@ -1,0 +1,300 @@
+//! `GET /changes`: the price changes and deletions of all listings, as pages, as a long poll, or as server-sent events.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use actix_web::http::header::{self, ContentType};
+use actix_web::http::{Method, StatusCode};
+use actix_web::web::Data;
+use actix_web::{HttpRequest, HttpResponse};
+use bytes::Bytes;
+use futures_util::stream::{self, TryStreamExt};
+use tokio::sync::broadcast::error::RecvError;
+use tokio::time::{Instant, timeout_at};
+use tokio_postgres::Row;
+
+use super::change_cursor::Cursor;
+use super::change_feed::{Change, Feed, Head, MAX_PAGE, Page, Ticks};
+use crate::http::error::ApiError;
+use crate::http::query::Query;
+use crate::http::request_id;
+use crate::postgres::{Database, Error, Parameters};
+
+/// Keeps the connection alive and the cursor of an idle client fresh.
+const EVENTS_KEEP_ALIVE: Duration = Duration::from_secs(15);
+
+pub async fn list(
+    request: HttpRequest,
+    database: Data<Database>,
+    feed: Data<Feed>,
+) -> Result<HttpResponse, ApiError> {
+    let mut query = Query::parse(&request)?;
+    let limit = query.limit()?.unwrap_or(MAX_PAGE);
+    let wait = query.wait()?;
+    let after = query.string("after", |_| Ok(()))?;
+    query.finish()?;
+    let last_event_id = request.headers().get("last-event-id");
+    let reader = Reader {
+        database,
+        feed,
+        limit,
+    };
+    let is_head = *request.method() == Method::HEAD;
+    if !accepts_events(&request) {
+        let start = Start::parse("after", after.as_deref())?;
+        let wait = if is_head { Duration::ZERO } else { wait };
+        let (changes, next) = reader.wait(start, wait).await?;
+        let link = query.next_page(request.path(), &next.encode());
+        return Ok(HttpResponse::Ok()
+            .insert_header((header::LINK, link))
+            .insert_header((header::CACHE_CONTROL, "no-cache"))
+            .insert_header((header::VARY, "Accept, Accept-Encoding"))
+            .content_type(ContentType::json())
+            .body(changes));
+    }
+    let start = match last_event_id {
+        // A text that is not ASCII is no cursor.
+        Some(id) => Start::parse("last-event-id", Some(id.to_str().unwrap_or_default()))?,
+        None => Start::parse("after", after.as_deref())?,
+    };
+    // Read before the response starts, so that a failure still has a status.
+    let (cursor, head) = reader.open(start).await?;
+    let mut response = HttpResponse::Ok();
+    response
+        .insert_header((header::CACHE_CONTROL, "no-store"))
+        .insert_header((header::VARY, "Accept"))
+        // Keeps this service from compressing events, and nginx from holding them back.
+        .insert_header((header::CONTENT_ENCODING, "identity"))
+        .insert_header(("x-accel-buffering", "no"))
+        .content_type("text/event-stream");
+    if is_head {
+        return Ok(response.streaming(stream::empty::<Result<Bytes, ApiError>>()));
+    }
+    let events = Events {
+        reader,
+        cursor,
+        head: Some(head),
+        ticks: None,
+        keep_alive_at: Instant::now(),
+    };
+    let id = request_id::of(request.headers());
+    let chunks = stream::try_unfold(events, async |mut events| {
+        let chunk = events.next().await?;
+        Ok(chunk.map(|chunk| (chunk, events)))
+    });
+    // The status has been sent, so the log is the only place left for the cause.
+    let chunks = chunks
+        .inspect_err(move |error: &ApiError| log::error!("{id:?} the events broke off: {error}"));
+    Ok(response.streaming(chunks))
+}
+
+fn accepts_events(request: &HttpRequest) -> bool {
+    let lines = request.headers().get_all(header::ACCEPT);
+    let mut entries = lines
+        .filter_map(|line| line.to_str().ok())
+        .flat_map(|line| line.split(','));
+    entries.any(|entry| {
+        let media_type = entry.split(';').next().unwrap_or_default();
+        media_type.trim().eq_ignore_ascii_case("text/event-stream")
+    })
+}
+
+/// Where a client wants to begin.
+enum Start {
+    /// With all changes that are kept.
+    First,
+    /// With the next change.
+    Now,
+    After(Cursor),
+}
+
+impl Start {
+    fn parse(name: &str, text: Option<&str>) -> Result<Self, ApiError> {
+        match text {
+            None => Ok(Self::First),
+            Some("now") => Ok(Self::Now),
+            Some(text) => {
+                let mangled = || {
+                    ApiError::malformed(format!(
+                        "{name}: must be now, or come from a Link header or an event"
+                    ))
+                };
+                Cursor::decode(text).map(Self::After).ok_or_else(mangled)
+            }
+        }
+    }
+}
+
+/// Reads the feed for one client.
+struct Reader {
+    database: Data<Database>,
+    feed: Data<Feed>,
+    limit: i64,
+}
+
+impl Reader {
+    async fn query(&self, sql: &str, values: Parameters<'_>) -> Result<Vec<Row>, Error> {
+        self.database.read_on_primary(sql, values).await
+    }
+
+    async fn head(&self) -> Result<Head, ApiError> {
+        Head::read(async |sql: &str, values: Parameters<'_>| self.query(sql, values).await).await
+    }
+
+    /// The cursor where a client begins.
+    async fn open(&self, start: Start) -> Result<(Cursor, Head), ApiError> {
+        let head = self.head().await?;
+        let cursor = match start {
+            Start::Now => head.cursor(),
+            Start::First => Cursor {
+                seen: None,
+                ..head.cursor()
+            },
+            Start::After(cursor) if self.feed.is_valid(&cursor, &head) => cursor,
+            Start::After(_) => {
+                return Err(ApiError::new(
+                    StatusCode::GONE,
+                    "the cursor is from before a restore or a failover of the database: begin anew, without a cursor",
+                ));
+            }
+        };
+        Ok((cursor, head))
+    }
+
+    async fn page(&self, cursor: &Cursor, head: &Head) -> Result<Page, ApiError> {
+        let query = async |sql: &str, values: Parameters<'_>| self.query(sql, values).await;
+        Page::read(query, cursor, head, self.limit).await
+    }
+
+    /// The page up to the next tick. `None`: the feed ends.
+    async fn follow(
+        &self,
+        cursor: &Cursor,
+        ticks: &mut Ticks,
+    ) -> Result<Option<Arc<Page>>, ApiError> {
+        loop {
+            match ticks.recv().await {
+                Ok(Some(tick)) => {
+                    let query =
+                        async |sql: &str, values: Parameters<'_>| self.query(sql, values).await;
+                    return tick.page(query, cursor, self.limit).await.map(Some);
+                }
+                Ok(None) | Err(RecvError::Closed) => return Ok(None),
+                // The next tick does not begin at the cursor, so the page up to it is read.
+                Err(RecvError::Lagged(_)) => (),
+            }
+        }
+    }
+
+    /// A page as JSON. If there is nothing yet, waits for the next change.
+    async fn wait(&self, start: Start, wait: Duration) -> Result<(Vec<u8>, Cursor), ApiError> {
+        let until = Instant::now() + wait;
+        // Joins first, so that no tick is missed.
+        let mut ticks = if wait.is_zero() {
+            None
+        } else {
+            self.feed.join()
+        };
+        let mut cursor = match start {
+            // The poll has just found nothing new.
+            Start::After(cursor) if ticks.is_some() && self.feed.is_head(&cursor) => cursor,
+            start => {
+                let (cursor, head) = self.open(start).await?;
+                let page = self.page(&cursor, &head).await?;
+                if !page.changes.is_empty() || page.next.batch.is_some() {
+                    return Ok((array(&page.changes), page.next));
+                }
+                // The cursor of a client at the head stays there, and the next tick begins at it.
+                if cursor.seen.is_some() && cursor.batch.is_none() {
+                    cursor
+                } else {
+                    page.next
+                }
+            }
+        };
+        while let Some(ticks) = &mut ticks {
+            let Ok(page) = timeout_at(until, self.follow(&cursor, ticks)).await else {
+                break;
+            };
+            let Some(page) = page? else {
+                break;
+            };
+            let (changes, next) = page.first(self.limit);
+            if !changes.is_empty() || next.batch.is_some() {
+                return Ok((array(changes), next));
+            }
+            cursor = next;
+        }
+        Ok((array(&[]), cursor))
+    }
+}
+
+fn array(changes: &[Change]) -> Vec<u8> {
+    let changes: Vec<_> = changes.iter().map(|change| change.json.as_str()).collect();
+    format!("[{}]", changes.join(",")).into()
+}
+
+/// The events of one client.
+struct Events {
+    reader: Reader,
+    cursor: Cursor,
+    /// The head that was read before the response started.
+    head: Option<Head>,
+    /// Set while the client is at the head.
+    ticks: Option<Ticks>,
+    keep_alive_at: Instant,
+}
+
+impl Events {
+    /// The next chunk of the response. `None`: the response ends.
+    async fn next(&mut self) -> Result<Option<Bytes>, ApiError> {
+        let chunk = self.next_chunk().await;
+        self.keep_alive_at = Instant::now() + EVENTS_KEEP_ALIVE;
+        chunk
+    }
+
+    async fn next_chunk(&mut self) -> Result<Option<Bytes>, ApiError> {
+        loop {
+            let page = if let Some(ticks) = &mut self.ticks {
+                match timeout_at(self.keep_alive_at, self.reader.follow(&self.cursor, ticks)).await
+                {
+                    Ok(Ok(Some(page))) => page,
+                    Ok(Ok(None)) => return Ok(None),
+                    Ok(Err(error)) => return Err(error),
+                    Err(_) => return Ok(Some(self.id())),
+                }
+            } else {
+                let (cursor, head) = match self.head.take() {
+                    Some(head) => (self.cursor.clone(), head),
+                    None => self.reader.open(Start::After(self.cursor.clone())).await?,
+                };
+                let page = self.reader.page(&cursor, &head).await?;
+                if page.changes.is_empty() && page.next.batch.is_none() {
+                    self.ticks = self.reader.feed.join();
+                    if self.ticks.is_none() {
+                        return Ok(None);
+                    }
+                    self.cursor = page.next;
+                    // A client that has received no change yet can resume here too.
+                    return Ok(Some(self.id()));
+                }
+                Arc::new(page)
+            };
+            self.cursor = page.next.clone();
+            if self.cursor.batch.is_some() {
+                self.ticks = None;
+            }
+            if !page.changes.is_empty() {
+                return Ok(Some(page.events()));
+            }
+            if self.cursor.batch.is_some() {
+                return Ok(Some(self.id()));
+            }
+        }
+    }
+
+    /// Tells the client its cursor, without an event.
+    fn id(&self) -> Bytes {
+        format!("id: {}\n\n", self.cursor.encode()).into()
+    }
+}
