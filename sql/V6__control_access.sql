@@ -177,6 +177,7 @@ from (
         ('table', 'public.listing_setup_problem', 'select', array['listing_api', 'listing_auditor']),
         ('table', 'public.listing_access', 'select', array['listing_api', 'listing_auditor']),
         ('table', 'public.api_key', 'select', '{}'),
+        ('table', 'public.idempotency_key', 'select, insert', array['listing_api']),
         ('table', 'public.refinery_schema_history', 'select', array['listing_api', 'listing_auditor']),
         ('sequence', 'public.listing_price_log_id_seq', 'usage', '{}'),
         ('sequence', 'public.listing_price_log_maintenance_id_seq', 'usage', '{}'),
@@ -196,22 +197,23 @@ from (
         ('function', 'public.replace_actor(text, text)', 'execute', '{}'),
         ('function', 'public.restart_change_feed()', 'execute', '{}'),
         ('function', 'public.change_feed_epoch()', 'execute', array['listing_api']),
+        ('function', 'public.prune_idempotency_keys(interval)', 'execute', '{}'),
         ('function', 'public.create_api_key(text, text, boolean)', 'execute', '{}'),
         ('function', 'public.revoke_api_key(bigint)', 'execute', '{}'),
         ('function', 'public.list_api_keys()', 'execute', array['listing_auditor']),
         ('function', 'public.find_api_keys(bytea[])', 'execute', array['listing_api']),
         ('function', 'public.hand_over_listings(integer[], text)', 'execute', '{}'),
         ('function', 'public.reset_listing_access()', 'execute', '{}')
-) as access (kind, object, privilege, roles);
+) as access (kind, object, privileges, roles);
 
 comment on view public.listing_access is
     'Which roles have a right on which object. reset_listing_access() grants exactly these.';
 comment on column public.listing_access.kind is
     'table (also for a view), sequence or function.';
-comment on column public.listing_access.privilege is
-    'The only privilege that is granted on the object.';
+comment on column public.listing_access.privileges is
+    'The privileges that are granted on the object.';
 comment on column public.listing_access.roles is
-    'The roles that have it. If empty, only the owner has.';
+    'The roles that have them. If empty, only the owner has.';
 comment on column public.listing_access.object_id is
     'Null if the object does not exist.';
 
@@ -253,7 +255,7 @@ begin
         end loop;
         if entry.roles <> '{}' then
             execute format(
-                'grant %s on %s %s to %s', entry.privilege, entry.kind, entry.object, array_to_string(entry.roles, ', ')
+                'grant %s on %s %s to %s', entry.privileges, entry.kind, entry.object, array_to_string(entry.roles, ', ')
             );
         end if;
     end loop;

@@ -44,7 +44,7 @@ held as (
     select
         access.kind,
         access.object,
-        access.privilege as expected,
+        access.privileges as expected,
         access.roles,
         acl.grantee,
         acl.privilege_type,
@@ -61,7 +61,7 @@ held as (
     cross join aclexplode(attribute.attacl) as acl
     where acl.grantee <> class.relowner
     union all
-    select access.kind, access.object, access.privilege, access.roles, acl.grantee, acl.privilege_type, null
+    select access.kind, access.object, access.privileges, access.roles, acl.grantee, acl.privilege_type, null
     from public.listing_access as access
     join pg_proc as function on access.kind = 'function' and function.oid = access.object_id
     cross join aclexplode(coalesce(function.proacl, acldefault('f', function.proowner))) as acl
@@ -163,7 +163,7 @@ cross join lateral (
         coalesce((select quote_ident(rolname) from pg_roles where pg_roles.oid = held.grantee), 'public') as grantee_name,
         coalesce(' (' || quote_ident(held.column_name) || ')', '') as column_list
 ) as named
-where held.expected is distinct from lower(held.privilege_type)
+where lower(held.privilege_type) <> all (coalesce(string_to_array(held.expected, ', '), '{}'))
     or grantee_name <> all (held.roles)
 union all
 select
@@ -180,7 +180,7 @@ from (
     from pg_class
     where relnamespace = 'public'::regnamespace
         and relkind in ('r', 'p', 'v')
-        and relname in ('listing', 'listing_deletion', 'listing_price_log_maintenance', 'api_key', 'listing_access')
+        and relname in ('listing', 'listing_deletion', 'listing_price_log_maintenance', 'api_key', 'listing_access', 'idempotency_key')
     union all
     select 'function', pg_proc.oid::regprocedure::text, proowner::regrole
     from public.listing_access

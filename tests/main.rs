@@ -12,6 +12,7 @@ mod docs;
 mod failover;
 mod guard;
 mod hostile;
+mod idempotency;
 mod input;
 mod keys;
 mod load;

@@ -1,10 +1,11 @@
 //! Listings: what a response looks like, the handler of each method, and its SQL.
 
-use actix_web::http::header::{ContentType, EntityTag};
+use actix_web::http::header::{ContentType, EntityTag, HeaderMap, HeaderName, HeaderValue};
 use actix_web::http::{StatusCode, header};
 use actix_web::web::{Data, Path, Payload};
 use actix_web::{HttpRequest, HttpResponse};
 use serde::Serialize;
+use sha2::{Digest, Sha256};
 use tokio_postgres::Row;
 use tokio_postgres::types::ToSql;
 
@@ -17,6 +18,9 @@ use crate::http::{body, conditional, json_array};
 use crate::postgres::{Database, ErrorKind, Lookup, Parameters, Rows, Value};
 use crate::types::euros::Euros;
 use crate::types::timestamp::Timestamp;
+
+/// Only on the response to a repeated POST.
+const IDEMPOTENT_REPLAYED: HeaderName = HeaderName::from_static("idempotent-replayed");
 
 #[derive(Serialize)]
 struct Listing<'a> {
@@ -127,13 +131,35 @@ macro_rules! with_actor {
     };
 }
 
-const INSERT: &str = concat!(
-    "insert into public.listing (name, street_address, postal_code, city, country, description, building_type, \
-     price, surface_area_m2, rooms_count, bedrooms_count, contact_phone_number, owner) \
-     values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, ",
-    with_actor!("$14", "$13::text"),
-    ") returning ",
-    columns!()
+macro_rules! insert {
+    () => {
+        concat!(
+            "insert into public.listing (name, street_address, postal_code, city, country, description, building_type, \
+             price, surface_area_m2, rooms_count, bedrooms_count, contact_phone_number, owner) \
+             values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, ",
+            with_actor!("$14", "$13::text"),
+            ") returning ",
+            columns!()
+        )
+    };
+}
+
+const INSERT: &str = insert!();
+
+/// Fails if the key exists. Then neither of both rows is inserted.
+const INSERT_ONCE: &str = concat!(
+    "with created as (",
+    insert!(),
+    "), remembered as (insert into public.idempotency_key (owner, key, body_sha256, listing_id) \
+     select $13, $15, $16, id from created) select * from created"
+);
+
+/// The listing that a key made. Its columns are null if it was deleted since.
+const SELECT_REPEATED: &str = concat!(
+    "select body_sha256 = $3 as same_body, listing.* from public.idempotency_key left join lateral (select ",
+    columns!(),
+    " from public.listing where id = listing_id) as listing on true \
+     where key = $2 and idempotency_key.owner is not distinct from $1"
 );
 
 pub async fn create(
@@ -144,10 +170,41 @@ pub async fn create(
 ) -> Result<HttpResponse, ApiError> {
     let (Writer { owner, actor }, body) = auth.admit(&request, payload).await?;
     body::require_type(&request, &["application/json"])?;
+    let key = idempotency_key(request.headers())?;
     let input = Input::parse(&body, true, None)?;
     let who: Parameters = &[&owner, &actor];
     let values = [&input.values(), who].concat();
-    let rows = database.write(None, INSERT, &values).await?;
+    let Some(key) = key else {
+        return created(&database.write(None, INSERT, &values).await?);
+    };
+    let hash = Sha256::digest(&body).to_vec();
+    let key_and_hash: Parameters = &[&key, &hash];
+    let values = [&values, key_and_hash].concat();
+    let duplicate = match database.write_repeatably(INSERT_ONCE, &values).await {
+        Err(error) if error.kind == ErrorKind::Duplicate => error,
+        inserted => return created(&inserted?),
+    };
+    let parameters: Parameters = &[&owner, &key, &hash];
+    let rows = database
+        .read_on_primary(SELECT_REPEATED, parameters)
+        .await?;
+    // Without a row, another unique index refused the listing.
+    let row = rows.first().ok_or(duplicate)?;
+    if !row.try_get("same_body")? {
+        let message = "idempotency-key: was used with another body, use a new key";
+        return Err(ApiError::invalid(message));
+    }
+    if row.try_get::<_, Option<i32>>("id")?.is_none() {
+        let message = "idempotency-key: its listing was deleted, use a new key";
+        return Err(ApiError::new(StatusCode::CONFLICT, message));
+    }
+    let mut response = created(&rows)?;
+    let (name, value) = (IDEMPOTENT_REPLAYED, HeaderValue::from_static("true"));
+    response.headers_mut().insert(name, value);
+    Ok(response)
+}
+
+fn created(rows: &[Row]) -> Result<HttpResponse, ApiError> {
     let row = rows
         .first()
         .ok_or_else(|| ApiError::internal("an insert returned no row"))?;
@@ -156,6 +213,28 @@ pub async fn create(
     let location = location.parse().map_err(ApiError::internal)?;
     response.headers_mut().insert(header::LOCATION, location);
     Ok(response)
+}
+
+/// The key of a POST, without quotes around it.
+fn idempotency_key(headers: &HeaderMap) -> Result<Option<&str>, ApiError> {
+    let mut lines = headers.get_all("idempotency-key");
+    let Some(line) = lines.next() else {
+        return Ok(None);
+    };
+    let key = || {
+        let line = line.to_str().ok()?;
+        let quoted = line.strip_prefix('"').and_then(|key| key.strip_suffix('"'));
+        let key = quoted.unwrap_or(line);
+        let right =
+            (1..=255).contains(&key.len()) && key.bytes().all(|byte| byte.is_ascii_graphic());
+        right.then_some(key)
+    };
+    let key = key().filter(|_| lines.next().is_none());
+    key.map(Some).ok_or_else(|| {
+        ApiError::malformed(
+            "idempotency-key: must be one header of 1 to 255 visible ASCII characters",
+        )
+    })
 }
 
 /// Many listings at once, because concurrent reads share a statement.
@@ -373,6 +452,8 @@ pub fn statements() -> Vec<(&'static str, String)> {
     vec![
         ("GET /listings", Page::new(Filter::by_everything()).sql),
         ("POST /listings", INSERT.to_owned()),
+        ("POST /listings with a key", INSERT_ONCE.to_owned()),
+        ("POST /listings with a key", SELECT_REPEATED.to_owned()),
         ("GET /listings/{id}", SELECT_BY_ID.to_owned()),
         ("PATCH /listings/{id}", UPDATE.to_owned()),
         ("PATCH /listings/{id}", SELECT_MAY_WRITE.to_owned()),

@@ -81,7 +81,7 @@ impl From<postgres::Error> for ApiError {
                 StatusCode::GATEWAY_TIMEOUT,
                 "the database took too long to answer",
             ),
-            ErrorKind::ForeignKey | ErrorKind::Internal => {
+            ErrorKind::ForeignKey | ErrorKind::Duplicate | ErrorKind::Internal => {
                 (StatusCode::INTERNAL_SERVER_ERROR, "internal error")
             }
         };

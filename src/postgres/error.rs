@@ -26,6 +26,8 @@ pub enum ErrorKind {
     TimedOut,
     /// A foreign key does not hold: a row of another table refers to this one, or this one refers to a row that is missing.
     ForeignKey,
+    /// A row with the same unique values exists.
+    Duplicate,
     /// PostgreSQL refused the statement, or its result cannot be read.
     Internal,
 }
@@ -82,6 +84,7 @@ impl From<tokio_postgres::Error> for Error {
                 | SqlState::T_R_DEADLOCK_DETECTED
                 | SqlState::LOCK_NOT_AVAILABLE),
             ) => ErrorKind::Conflict,
+            Some(&SqlState::UNIQUE_VIOLATION) => ErrorKind::Duplicate,
             // With `on delete restrict`, PostgreSQL 18 reports the second.
             Some(&(SqlState::FOREIGN_KEY_VIOLATION | SqlState::RESTRICT_VIOLATION)) => {
                 ErrorKind::ForeignKey

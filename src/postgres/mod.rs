@@ -4,7 +4,7 @@
 //!
 //! - [`Database::read`] and [`Lookup::get`] read from a replica or the primary.
 //! - [`Database::read_on_primary`] reads from the primary.
-//! - [`Database::write`] writes on the primary.
+//! - [`Database::write`] and [`Database::write_repeatably`] write on the primary.
 //! - [`Cluster::report`] tells operators how the servers and pools are.
 
 mod batch;
@@ -225,6 +225,15 @@ impl Database {
             None => None,
         };
         self.pools.primary.write(sql, parameters, lock).await
+    }
+
+    /// The same for a statement that changes nothing if it has been done before. It is sent again if its answer is lost.
+    pub async fn write_repeatably(
+        &self,
+        sql: &str,
+        parameters: Parameters<'_>,
+    ) -> Result<Vec<Row>, Error> {
+        self.pools.primary.write_repeatably(sql, parameters).await
     }
 
     /// A batched read from replicas and primary. `sql` takes an array of keys and returns rows whose first column is their key.

@@ -1,6 +1,7 @@
 //! Runs one statement in a transaction of its own, on a pooled connection.
 //!
-//! A statement is retried once if it certainly was not run. A read is also retried if its connection was lost.
+//! A statement is retried once if it certainly was not run. A read or a repeatable write is also retried if its connection was
+//! lost.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -22,6 +23,8 @@ pub type Parameters<'a> = &'a [&'a (dyn ToSql + Sync)];
 pub enum Access {
     Read,
     Write,
+    /// A write that changes nothing if it has been done before.
+    RepeatableWrite,
 }
 
 /// An attempt that failed.
@@ -58,6 +61,16 @@ impl Pool {
         self.run(sql, parameters, Access::Write, lock).await
     }
 
+    /// The same for a write that changes nothing if it has been done before.
+    pub async fn write_repeatably(
+        &self,
+        sql: &str,
+        parameters: Parameters<'_>,
+    ) -> Result<Vec<Row>, Error> {
+        self.run(sql, parameters, Access::RepeatableWrite, None)
+            .await
+    }
+
     async fn run(
         &self,
         sql: &str,
@@ -92,7 +105,7 @@ impl Pool {
         let access = in_flight.access;
         let queued = self.queue.try_acquire().map_err(|_| Error::queue_full())?;
         let (server, _read) = match access {
-            Access::Write => (self.writable().await?, None),
+            Access::Write | Access::RepeatableWrite => (self.writable().await?, None),
             Access::Read => {
                 let (server, _) = self.available().await?;
                 let late = |_| Error::unavailable("too many reads are in flight");
@@ -125,7 +138,7 @@ impl Pool {
         }
         let not_run = lost && (!sent || is_refusal(&error));
         Err(Failure {
-            retry: stale || not_run || lost && access == Access::Read,
+            retry: stale || not_run || lost && access != Access::Write,
             lost_at: lost.then(Instant::now),
             error: error.into(),
         })
@@ -217,7 +230,9 @@ impl Drop for InFlight<'_> {
         }
         match self.access {
             Access::Read => runtime.spawn(cancel(Object::take(client), self.tls.clone())),
-            Access::Write => runtime.spawn(finish(client, self.lock.take())),
+            Access::Write | Access::RepeatableWrite => {
+                runtime.spawn(finish(client, self.lock.take()))
+            }
         };
     }
 }
