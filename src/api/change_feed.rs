@@ -213,6 +213,10 @@ impl Page {
         } else {
             let seen = cursor.seen.as_ref();
             if seen.is_some_and(|seen| seen.includes(&head.snapshot)) {
+                // Otherwise an idle client would keep the epoch of a former primary.
+                if !cursor.epoch.is_same_life(&head.epoch) {
+                    page.next.epoch = head.epoch.clone();
+                }
                 return Ok(page);
             }
             page.batch.epoch = head.epoch.clone();

@@ -204,12 +204,11 @@ impl Reader {
                 if !page.changes.is_empty() || page.next.batch.is_some() {
                     return Ok((array(&page.changes), page.next));
                 }
-                // The cursor of a client at the head stays there, and the next tick begins at it.
-                if cursor.seen.is_some() && cursor.batch.is_none() {
-                    cursor
-                } else {
-                    page.next
-                }
+                // A client at the head keeps its cursor, so that the next tick begins there.
+                let keeps = cursor.seen.is_some()
+                    && cursor.batch.is_none()
+                    && cursor.epoch.is_same_life(&head.epoch);
+                if keeps { cursor } else { page.next }
             }
         };
         while let Some(ticks) = &mut ticks {

@@ -56,11 +56,13 @@ pub fn address(config: &Config) -> String {
 /// Adds the settings of the service to those of the URL.
 pub fn with_session_settings(mut config: Config, settings: &Settings) -> Config {
     // A generic plan always uses the index of a filter, also when statistics favour another path. A short batch of ids is not
-    // worth a plan of its own.
+    // worth a plan of its own. The cost says that most pages are cached: otherwise a plan that was made for a small table reads and
+    // sorts all of it for each page of the change feed.
     // The path does not contain public, so no function or operator that is placed there is ever called. PostgreSQL uses the last
     // of several values. So an option of the URL wins over the settings before it, but not over the path.
     let options = format!(
-        "-c statement_timeout={} -c plan_cache_mode=force_generic_plan {} -c search_path=pg_catalog,pg_temp",
+        "-c statement_timeout={} -c plan_cache_mode=force_generic_plan -c random_page_cost=1.1 {} \
+         -c search_path=pg_catalog,pg_temp",
         settings.statement_timeout.as_millis(),
         config.get_options().unwrap_or_default()
     );
