@@ -173,7 +173,7 @@ async fn a_thousand_keys_make_a_thousand_listings_through_crashes_and_lost_answe
                 let headers = keyed(&number.to_string());
                 connection.try_request("POST", "/listings", &headers, body.as_bytes())?;
                 // Every third client hangs up before the answer, and asks again.
-                if (number + attempts) % 3 == 0 && attempts < 4 {
+                if (number + attempts).is_multiple_of(3) && attempts < 4 {
                     thread::sleep(Duration::from_millis(2));
                     return Err(std::io::ErrorKind::ConnectionAborted.into());
                 }
@@ -205,7 +205,7 @@ async fn a_thousand_keys_make_a_thousand_listings_through_crashes_and_lost_answe
             })
             .collect();
         for stop in ["kill -9", "stop", "kill -9"] {
-            within(Duration::from_secs(60), "some progress", || {
+            within(Duration::from_mins(1), "some progress", || {
                 let before = next.load(Ordering::Relaxed);
                 thread::sleep(Duration::from_millis(200));
                 next.load(Ordering::Relaxed) > before + 50

@@ -1,10 +1,10 @@
 //! The routes of the API: every path with its methods and handlers.
 
 mod auth;
-mod chart;
 mod change_cursor;
 mod change_feed;
 mod changes;
+mod chart;
 mod docs;
 mod listing_filter;
 mod listing_input;
