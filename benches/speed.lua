@@ -9,6 +9,13 @@ local body = '{"name": "Loft", "postal_address": {"street_address": "1 rue Oberk
 local key = os.getenv("KEY")
 local headers = { ["Content-Type"] = "application/json", ["Authorization"] = key and "Bearer " .. key }
 
+-- A number for the Idempotency-Key, unlike all others of this thread, of other threads and of other rounds.
+local started, keys = os.time() % 1000000, 0
+function new_key()
+    keys = keys + 1
+    return (started * 100 + number) * 10000000 + keys
+end
+
 -- The method, the path, and a function that returns the numbers of one request: first for the path, then for the body.
 local rows = {
     history = { "GET", "/listings/%d/prices", function() return math.random(500000) end },
@@ -20,6 +27,7 @@ local rows = {
     keep = { "PUT", "/listings/%d", function() local id = math.random(400001, 500000) return id, 100000 + id end },
     reprice = { "PUT", "/listings/%d", function() return math.random(400001, 500000), math.random(1000000, 9000000) end },
     create = { "POST", "/listings", function() return math.random(1000000) end },
+    keyed = { "POST", "/listings", function() return new_key(), math.random(1000000) end },
 }
 
 local threads = 0
@@ -35,9 +43,10 @@ function init(arguments)
     math.randomseed(os.time() * 100 + number)
     local method, path
     method, path, numbers = unpack(rows[arguments[1]])
+    headers["Idempotency-Key"] = arguments[1] == "keyed" and "=key=" or nil
     request_with = method == "GET" and wrk.format(method, path) or wrk.format(method, path, headers, body)
     -- The placeholder is as long as the number, because wrk has already counted the length of the body.
-    request_with = request_with:gsub("=price=", "%%7d")
+    request_with = request_with:gsub("=key=", "%%d"):gsub("=price=", "%%7d")
 end
 
 function request()

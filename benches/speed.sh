@@ -110,12 +110,18 @@ transaction() {
                 order by id limit 101" ;;
         keep) echo '\set id random(400001, 500000)'; echo '\set price 100000 + :id'; echo "$update" ;;
         reprice) echo '\set id random(400001, 500000)'; echo '\set price random(1000000, 9000000)'; echo "$update" ;;
-        create) echo '\set price random(1, 1000000)'
-            echo "insert into public.listing (name, street_address, postal_code, city, country, description, building_type,
+        create | keyed) echo '\set price random(1, 1000000)'
+            insert="insert into public.listing (name, street_address, postal_code, city, country, description, building_type,
                 price, surface_area_m2, rooms_count, bedrooms_count, contact_phone_number, owner)
                 values (:name, :street_address, :postal_code, :city, :country, :description, :building_type, :price,
                 :surface_area_m2, :rooms_count, :bedrooms_count, :contact_phone_number,
-                $written_by nullif(:owner, 'nobody') end) returning $columns" ;;
+                $written_by nullif(:owner, 'nobody') end) returning $columns"
+            if [ "$1" = create ]; then echo "$insert"; else
+                echo '\set key random(1, 9000000000000000000)'
+                echo "with created as ($insert), remembered as (insert into public.idempotency_key
+                    (owner, key, body_sha256, listing_id) select nullif(:owner, 'nobody'), :key::text, :hash::bytea, id from created)
+                    select * from created"
+            fi ;;
     esac
 }
 
@@ -132,6 +138,7 @@ measure() {
             --define=country=FR --define="description=$(printf 'Nice. %.0s' $(seq 40))" --define=building_type=HOUSE \
             --define=surface_area_m2=42.5 --define=rooms_count=2 --define=bedrooms_count=1 --define=has_phone=true \
             --define=contact_phone_number=+33123456789 --define='versions={}' --define=owner=nobody --define=actor=nobody \
+            --define='hash=\x00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff' \
             "$bench" 2>"$scratch/errors" | sed -n 's/^tps = \([0-9]*\).*/\1/p' | grep . || { cat "$scratch/errors" >&2; exit 1; }
     else
         wrk --threads=$threads --connections="$2" --duration="${seconds}s" --script=benches/speed.lua $api -- "$1" \
@@ -147,7 +154,7 @@ measure() {
 row() {
     : > "$scratch/rounds"
     for round in $(seq "$rounds"); do
-        case $2 in keep | reprice | create) sql "$bench" -c 'vacuum listing' -c checkpoint ;; esac
+        case $2 in keep | reprice | create | keyed) sql "$bench" -c 'vacuum listing' -c checkpoint ;; esac
         if [ $((round % 2)) = 1 ]; then
             direct=$(measure "$2" "$3" pgbench)
             served=$(measure "$2" "$3" wrk)
@@ -193,6 +200,53 @@ for count in 32 128; do row 'PUT with a new price' reprice $count; done
     row 'PUT with a new price, API key' reprice 32
 )
 for count in 32 128; do row 'POST' create $count; done
+row 'POST with an Idempotency-Key' keyed 32
+
+# The change feed. page ADDRESS: reads a page. Prints its milliseconds, and keeps the address of the next one.
+page() {
+    curl --silent --fail --dump-header "$scratch/head" --output /dev/null --write-out '%{time_total}\n' "$api$1" |
+        awk '{ print $1 * 1000 }'
+    sed -n 's/^link: <\(.*\)>.*/\1/p' "$scratch/head" > "$scratch/next"
+}
+# pages COUNT: the next pages. Prints the milliseconds of each.
+pages() { for _ in $(seq "$1"); do page "$(cat "$scratch/next")"; done; }
+# median_of NAME: prints a row with the median of the milliseconds.
+median_of() { printf '| %-42s | %6.2f |\n' "$1" "$(median)" | tee -a $result; }
+{
+    echo
+    echo "| $(printf %-42s 'a page of 1,000 changes') |     ms |"
+    echo '|---|---:|'
+} | tee -a $result
+echo '/changes' > "$scratch/next"
+pages 100 | median_of 'at the start of 5 million prices'
+page '/changes?after=now' > /dev/null
+say 'changing a million prices in one transaction'
+sql "$bench" -c 'begin' -c 'update listing set price = price + 1' -c 'update listing set price = price + 1' -c 'commit'
+pages 100 | median_of 'at the start of an import of a million'
+pages 400 > /dev/null
+pages 100 | median_of 'inside that import'
+for _ in $(seq 50); do
+    page '/changes?after=now' > /dev/null
+    sql "$bench" -c 'update listing set price = price + 1 where id <= 1000'
+    pages 1
+done | median_of 'at the head'
+
+# Writers without listeners and with 100 of them, in turn. Each listener gets every change.
+: > "$scratch/rounds"
+for round in $(seq "$rounds"); do
+    sql "$bench" -c 'vacuum listing' -c checkpoint
+    without=$(measure reprice 32 pgbench)
+    listeners=
+    for _ in $(seq 100); do
+        curl --silent --no-buffer --output /dev/null --header 'Accept: text/event-stream' "$api/changes?after=now" &
+        listeners="$listeners $!"
+    done
+    sleep 1
+    with=$(measure reprice 32 pgbench)
+    for listener in $listeners; do { kill "$listener" && wait "$listener"; } 2>/dev/null || true; done
+    echo "$without $with" | awk '{ print $2 / $1 }' >> "$scratch/rounds"
+done
+{ echo; echo "Writers beside 100 listeners, as a ratio to writers alone: $(median < "$scratch/rounds" | cut -c1-4)."; } | tee -a $result
 
 list() { curl --silent --fail --output /dev/null --write-out '%{speed_download}' $api/listings; }
 : > "$scratch/rounds"
