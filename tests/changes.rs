@@ -1,6 +1,6 @@
 //! `GET /changes` delivers every committed change at least once, in the order of each listing, and none that was rolled back.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,6 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
+use tokio_postgres::Client;
 
 use crate::support::{
     Cluster, Database, JSON, LOFT, OTHER_COLUMNS, OTHER_VALUES, Response, Service, TWO_SECONDS,
@@ -788,6 +789,121 @@ async fn a_batch_that_grows_while_it_is_read_is_delivered_whole() {
         (1..=20).chain(1001..=7000).map(Some).collect::<Vec<_>>()
     );
     assert_eq!(all_after(&service, &path).0.len(), 0);
+}
+
+/// How many statements of the poll began in a time, of the last ones of each session.
+async fn polls(db: &Client, time: Duration) -> usize {
+    let used = "select pid, query_start from pg_stat_activity where datname = current_database() \
+        and application_name = 'listing-api' and query ~ 'change_feed_epoch|with batch'";
+    let (begun, before) = (Instant::now(), rows(db, used).await);
+    let mut seen = BTreeSet::new();
+    while begun.elapsed() < time {
+        seen.extend(rows(db, used).await);
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    seen.iter().filter(|row| !before.contains(row)).count()
+}
+
+fn metric(service: &Service, name: &str) -> String {
+    let metrics = service.admin("/metrics");
+    let line = metrics
+        .text()
+        .lines()
+        .find_map(|line| line.strip_prefix(name));
+    line.expect(name).trim().to_owned()
+}
+
+#[tokio::test]
+async fn one_poll_serves_all_listeners_and_rests_without_any() {
+    let service = Service::start().await;
+    assert_eq!(metric(&service, "change_feed_listeners"), "0");
+    assert_eq!(metric(&service, "change_feed_lag_seconds"), "NaN");
+    let mut all: Vec<_> = (0..20)
+        .map(|_| Events::open(&service, "/changes", ""))
+        .collect();
+    for events in &mut all {
+        events.chunk();
+    }
+    let count = polls(service.superuser(), Duration::from_secs(2)).await;
+    // A poll has one statement, or two if any transaction of the server has ended.
+    assert!((3..=18).contains(&count), "{count} statements in 2 s");
+    assert_eq!(metric(&service, "change_feed_listeners"), "20");
+    let seconds = |name| metric(&service, name).parse::<f64>().expect("seconds");
+    assert!(seconds("change_feed_lag_seconds") < 2.0);
+
+    let running = service.db().connect().await;
+    run(&running, "begin; select pg_current_xact_id()").await;
+    run(service.superuser(), &insert_listing(1, "1")).await;
+    for events in &mut all {
+        assert_eq!(events.ids(1), [1]);
+    }
+    within(TWO_SECONDS, "the age of the transaction", || {
+        seconds("change_feed_oldest_transaction_seconds") > 0.5
+    });
+    assert_eq!(metric(&service, "change_feed_running_transactions"), "1");
+    run(&running, "commit").await;
+    within(TWO_SECONDS, "no transaction", || {
+        metric(&service, "change_feed_running_transactions") == "0"
+    });
+    drop(all);
+    within(TWO_SECONDS, "no listener", || {
+        metric(&service, "change_feed_listeners") == "0"
+    });
+    within(TWO_SECONDS, "rest", || {
+        metric(&service, "change_feed_lag_seconds") == "NaN"
+    });
+    assert_eq!(polls(service.superuser(), Duration::from_secs(1)).await, 0);
+}
+
+#[tokio::test]
+async fn a_slow_listener_delays_no_other_and_catches_up() {
+    const TICKS: usize = 30;
+    let service = Service::start().await;
+    run(service.superuser(), &insert_listings(1, 1000)).await;
+    let mut slow = Events::open(&service, "/changes?after=now", "");
+    let mut fast = Events::open(&service, "/changes?after=now", "");
+    fast.chunk();
+    for _ in 0..TICKS {
+        run(service.superuser(), "update listing set price = price + 1").await;
+        let begun = Instant::now();
+        fast.ids(1000);
+        assert!(
+            begun.elapsed() < Duration::from_secs(5),
+            "{:?}",
+            begun.elapsed()
+        );
+    }
+    let mut consumer = Consumer::default();
+    while consumer.seen.len() < TICKS * 1000 {
+        for event in slow.next().expect("events") {
+            consumer.receive(&event.data);
+        }
+    }
+    assert_eq!(consumer.deliveries, TICKS * 1000);
+}
+
+#[tokio::test]
+async fn an_idle_listener_costs_less_than_50_kb() {
+    const LISTENERS: usize = 500;
+    let service = Service::start().await;
+    service.post(LOFT);
+    let mut first = Events::open(&service, "/changes?after=now", "");
+    first.chunk();
+    let before = service.resident_kib();
+    let mut all: Vec<_> = (0..LISTENERS)
+        .map(|_| Events::open(&service, "/changes?after=now", ""))
+        .collect();
+    for events in &mut all {
+        events.chunk();
+    }
+    for price in 1..4 {
+        service.patch("/listings/1", &format!("{{\"latest_price_eur\":{price}}}"));
+        for events in &mut all {
+            events.ids(1);
+        }
+    }
+    let grown = service.resident_kib() - before;
+    assert!(grown < 50 * LISTENERS, "{grown} KiB");
 }
 
 /// What a consumer has received.
