@@ -50,7 +50,7 @@ end
 $$;
 
 comment on function public.restart_change_feed() is
-    'Ends all cursors of the change feed, and renumbers rows with transaction numbers of another server. Returns how many.';
+    'Ends all cursors of the change feed. Renumbers rows that come from the future. Returns how many.';
 
 -- Runs with the rights of its owner, so the service needs no right on the names in that table.
 create function public.change_feed_epoch() returns text

@@ -169,7 +169,7 @@ async fn a_database_without_the_right_schema_is_refused_with_the_command_to_run(
     .await;
     assert_refuses(
         command(&url),
-        &format!("the database lacks migration V6__control_access: {repair}"),
+        &format!("the database lacks migration V5__feed_price_changes: {repair}"),
     );
     run(
         &db.superuser,
@@ -228,11 +228,11 @@ async fn a_statement_that_postgresql_would_refuse_fails_the_check_and_the_start(
     let grant = "run: grant listing_api to {role};";
     let reset = "run: select public.reset_listing_access();";
     let restore = "the schema is not as the migrations left it, restore it from a backup";
-    let refusals: [(&str, &[&str], &str); 8] = [
+    let refusals: [(&str, &[&str], &str); 9] = [
         (
             "drop table listing_price_log cascade",
             &[
-                "PostgreSQL refuses GET /listings/{id}/prices: ERROR 42P01: relation \"public.listing_price_log\" does not exist",
+                "PostgreSQL refuses GET /listings/{id}/prices, GET /changes: ERROR 42P01: relation \"public.listing_price_log\" does not exist",
                 "PostgreSQL refuses the check of the setup: ERROR 42P01: relation \"public.listing_setup_problem\" does not exist",
             ],
             restore,
@@ -248,6 +248,7 @@ async fn a_statement_that_postgresql_would_refuse_fails_the_check_and_the_start(
         (
             "revoke listing_api from {role}; grant listing_auditor to {role}",
             &[
+                "PostgreSQL refuses GET /changes: ERROR 42501: permission denied for function change_feed_epoch",
                 "PostgreSQL refuses a lookup of API keys: ERROR 42501: permission denied for function find_api_keys",
                 "PostgreSQL refuses POST /listings, PATCH /listings/{id}, DELETE /listings/{id}: ERROR 42501: permission denied for table listing",
             ],
@@ -270,7 +271,14 @@ async fn a_statement_that_postgresql_would_refuse_fails_the_check_and_the_start(
         (
             "revoke select on listing_price_log from listing_api",
             &[
-                "PostgreSQL refuses GET /listings/{id}/prices: ERROR 42501: permission denied for table listing_price_log",
+                "PostgreSQL refuses GET /listings/{id}/prices, GET /changes: ERROR 42501: permission denied for table listing_price_log",
+            ],
+            reset,
+        ),
+        (
+            "revoke execute on function change_feed_epoch from listing_api",
+            &[
+                "PostgreSQL refuses GET /changes: ERROR 42501: permission denied for function change_feed_epoch",
             ],
             reset,
         ),
