@@ -67,7 +67,8 @@ comment on column public.listing_deletion.login_role is
 comment on column public.listing_deletion.xact_id is
     'The transaction that deleted the listing.';
 
--- Prunes and imports, because they explain where a history begins, and replaced names, because they change it.
+-- Prunes and imports, because they explain where a history begins, and replaced names, because they change it. Restarts of the
+-- change feed, because they end the cursors of its clients.
 create table public.listing_price_log_maintenance (
     id bigint generated always as identity primary key,
     task text not null,
@@ -76,7 +77,9 @@ create table public.listing_price_log_maintenance (
     row_count bigint not null,
     pruned_before timestamptz,
     detail text,
-    constraint listing_price_log_maintenance_task_is_known check (task in ('prune', 'import', 'replace_actor'))
+    constraint listing_price_log_maintenance_task_is_known check (
+        task in ('prune', 'import', 'replace_actor', 'restart_change_feed')
+    )
 );
 
 comment on table public.listing_price_log_maintenance is
@@ -84,7 +87,7 @@ comment on table public.listing_price_log_maintenance is
 comment on column public.listing_price_log_maintenance.id is
     'Number of the task.';
 comment on column public.listing_price_log_maintenance.task is
-    'prune, import or replace_actor.';
+    'prune, import, replace_actor or restart_change_feed.';
 comment on column public.listing_price_log_maintenance.performed_at is
     'When the task ran.';
 comment on column public.listing_price_log_maintenance.performed_by is
@@ -94,7 +97,7 @@ comment on column public.listing_price_log_maintenance.row_count is
 comment on column public.listing_price_log_maintenance.pruned_before is
     'For a prune: the time before which only the last price of each listing was kept.';
 comment on column public.listing_price_log_maintenance.detail is
-    'For an import: its table. For replace_actor: the new name.';
+    'An import: its table. replace_actor: the new name. restart_change_feed: the new epoch.';
 
 -- Runs with the rights of its owner, so writers need no rights on the log and cannot write to it in any other way. With the
 -- fixed search_path, a writer cannot substitute a function, an operator or a temporary table.
@@ -181,6 +184,10 @@ alter table public.listing_price_log
 create index listing_price_log_xact_id_idx on public.listing_price_log (xact_id);
 create index listing_deletion_xact_id_idx on public.listing_deletion (xact_id);
 
+-- For each read of the change feed.
+create index listing_price_log_maintenance_restart_idx on public.listing_price_log_maintenance (id)
+    where task = 'restart_change_feed';
+
 -- For the changes of a period. Few bytes, because the rows of the log lie in the order of their time.
 create index listing_price_log_changed_at_idx on public.listing_price_log using brin (changed_at)
     with (pages_per_range = 32, autosummarize = on);
@@ -189,6 +196,8 @@ comment on index public.listing_price_log_xact_id_idx is
     'Price changes of a transaction.';
 comment on index public.listing_deletion_xact_id_idx is
     'Deletions of a transaction.';
+comment on index public.listing_price_log_maintenance_restart_idx is
+    'The last restart of the change feed.';
 comment on index public.listing_price_log_changed_at_idx is
     'Price changes of a period.';
 

@@ -1,24 +1,6 @@
--- Serves the change feed of the API, GET /changes. The feed reads the log by transaction number and by snapshot, so this file
--- adds no table: a restart of the feed is a row of listing_price_log_maintenance.
+-- Serves the change feed of the API, GET /changes, which reads the log by transaction number and by snapshot.
 set local search_path = pg_catalog, pg_temp;
 set local lock_timeout = '5s';
-
-alter table public.listing_price_log_maintenance
-    drop constraint listing_price_log_maintenance_task_is_known,
-    add constraint listing_price_log_maintenance_task_is_known
-        check (task in ('prune', 'import', 'replace_actor', 'restart_change_feed'));
-
-comment on column public.listing_price_log_maintenance.task is
-    'prune, import, replace_actor or restart_change_feed.';
-comment on column public.listing_price_log_maintenance.detail is
-    'For an import: its table. For replace_actor: the new name. For restart_change_feed: the new epoch.';
-
--- Each read of the feed looks up the last restart.
-create index listing_price_log_maintenance_restart_idx on public.listing_price_log_maintenance (id)
-    where task = 'restart_change_feed';
-
-comment on index public.listing_price_log_maintenance_restart_idx is
-    'The last restart of the change feed.';
 
 create function public.restart_change_feed() returns bigint
     language plpgsql

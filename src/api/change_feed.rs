@@ -1,355 +1,24 @@
-//! The change feed of all listings: reads pages of it, and polls for all listeners of this process at once.
+//! Polls the change feed for all listeners of this process at once, four times a second while any listens.
 //!
-//! A page is read with two statements: [`SELECT_HEAD`] and one of the two that read a batch. The poll reads what is new four times
-//! a second while anybody listens. A listener at the head gets the page that the poll read. Any other listener reads pages by
-//! itself until it reaches the head.
+//! A listener at the head gets the page that the poll read. Any other listener reads pages by itself until it reaches the head.
 
 use std::collections::BTreeMap;
-use std::fmt::Write;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use actix_web::rt;
 use actix_web::web::Data;
-use bytes::Bytes;
 use prometheus::core::{Collector, Desc};
 use prometheus::proto::MetricFamily;
 use prometheus::{Gauge, register};
-use serde::Serialize;
 use tokio::sync::Notify;
 use tokio::sync::broadcast::{self, Receiver};
 use tokio_postgres::Row;
 
-use super::change_cursor::{Cursor, Epoch, Position, Snapshot, Xid};
+use super::change_cursor::{Cursor, Epoch, Snapshot, Xid};
+use super::change_page::{Head, MAX_PAGE, Page};
 use crate::http::error::ApiError;
 use crate::postgres::{Cluster, Error, Parameters};
-use crate::types::euros::Euros;
-use crate::types::timestamp::Timestamp;
-
-/// The present snapshot, and the position of the write-ahead log after it. No row on a standby, whose snapshot does not list the
-/// running transactions.
-const SELECT_HEAD: &str = "select pg_current_snapshot() as snapshot, \
-    hashtextextended(concat_ws(' ', system_identifier, pg_database.oid, 'public.listing_price_log'::regclass::oid, \
-        public.change_feed_epoch()), 0) as database, \
-    ('x' || left(pg_walfile_name(position), 8))::bit(32)::bigint as timeline, (position - '0/0')::bigint as position, \
-    (pg_last_wal_replay_lsn() - '0/0')::bigint as recovered, pg_last_wal_receive_lsn() is not null as was_standby \
-    from pg_control_system(), pg_database, \
-        (select case when not pg_is_in_recovery() then pg_current_wal_insert_lsn() end as position) as wal \
-    where datname = current_database() and position is not null";
-
-/// The rows of both tables, with the same columns.
-macro_rules! changes {
-    ($condition:literal, $order:literal) => {
-        concat!(
-            "(select listing_id, id, old_price, new_price, changed_at, xact_id from public.listing_price_log where ",
-            $condition,
-            " order by ",
-            $order,
-            ") union all (select listing_id, id, last_price, null, deleted_at, xact_id from public.listing_deletion where ",
-            $condition,
-            " order by ",
-            $order,
-            ")"
-        )
-    };
-}
-
-/// A batch with at most [`MAX_SORTED`] rows, found by their transactions. `number` is the size of the batch.
-///
-/// A row is returned even if no change is found, unless the server is a standby, which may lack some.
-const SELECT_SORTED: &str = concat!(
-    "with batch as materialized (select change.* from unnest($1::xid8[], $2::xid8[]) as visible (first, last) \
-        cross join lateral (",
-    changes!("xact_id between visible.first and visible.last", "xact_id"),
-    ") as change limit 5001) \
-    select size.number, page.listing_id is not null as is_change, page.* \
-    from (select count(*) as number from batch having not pg_is_in_recovery()) as size \
-    left join (select listing_id, id, old_price, new_price, changed_at from batch \
-        where (listing_id, id) > ($3, $4) order by listing_id, id limit $5) as page on true \
-    order by page.listing_id, page.id"
-);
-
-/// About what can be sorted for each page in 5 ms.
-const MAX_SORTED: i64 = 5000;
-
-/// The next changes of a large batch, by the primary keys. `number` counts the rows that were examined, at most [`WINDOW`].
-const SELECT_LARGE: &str = concat!(
-    "select page.* from (select where not pg_is_in_recovery()) as server left join (select * from (\
-        select row_number() over () as number, pg_visible_in_snapshot(xact_id, $4) \
-            and ($3::pg_snapshot is null or not pg_visible_in_snapshot(xact_id, $3)) as is_change, \
-            listing_id, id, old_price, new_price, changed_at from (",
-    changes!("(listing_id, id) > ($1, $2)", "listing_id, id"),
-    " order by listing_id, id limit 10000) as examined) as change \
-        where is_change or number = 10000 limit $5) as page on true \
-    order by page.listing_id, page.id"
-);
-
-/// Bounds the time of a page, however few of the rows belong to the batch.
-const WINDOW: i64 = 10_000;
-
-/// The most changes of a page, and of a poll.
-pub const MAX_PAGE: i64 = 1000;
-
-/// Every statement of the feed, with a request that runs it.
-pub fn statements() -> impl Iterator<Item = (&'static str, String)> {
-    let statements = [SELECT_HEAD, SELECT_SORTED, SELECT_LARGE];
-    statements
-        .map(|sql| ("GET /changes", sql.to_owned()))
-        .into_iter()
-}
-
-/// The newest changes that can be read.
-pub struct Head {
-    pub snapshot: Snapshot,
-    pub epoch: Epoch,
-    /// Whether the server was a standby before it became the primary.
-    was_standby: bool,
-}
-
-impl Head {
-    pub async fn read(
-        read: impl AsyncFn(&str, Parameters) -> Result<Vec<Row>, Error>,
-    ) -> Result<Self, ApiError> {
-        let rows = read(SELECT_HEAD, &[]).await?;
-        let row = rows.first().ok_or_else(is_standby)?;
-        let unsigned = |column| {
-            let value: Option<i64> = row.try_get(column)?;
-            u64::try_from(value.unwrap_or_default()).map_err(ApiError::internal)
-        };
-        Ok(Self {
-            snapshot: row.try_get("snapshot")?,
-            epoch: Epoch {
-                database: row.try_get("database")?,
-                timeline: unsigned("timeline")?
-                    .try_into()
-                    .map_err(ApiError::internal)?,
-                position: unsigned("position")?,
-                recovered: unsigned("recovered")?,
-            },
-            was_standby: row.try_get("was_standby")?,
-        })
-    }
-
-    /// The cursor behind all changes so far.
-    pub fn cursor(&self) -> Cursor {
-        Cursor {
-            epoch: self.epoch.clone(),
-            seen: Some(self.snapshot.clone()),
-            batch: None,
-        }
-    }
-}
-
-fn is_standby() -> ApiError {
-    Error::unavailable("the database is read-only").into()
-}
-
-pub struct Change {
-    listing_id: i32,
-    id: i64,
-    is_deletion: bool,
-    pub json: String,
-}
-
-#[derive(Serialize)]
-struct Json {
-    listing_id: i32,
-    id: i64,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    price_eur: Option<Euros>,
-    #[serde(skip_serializing_if = "std::ops::Not::not")]
-    deleted: bool,
-    previous_price_eur: Option<Euros>,
-    created_date: Timestamp,
-}
-
-impl Change {
-    fn of(row: &Row) -> Result<Self, ApiError> {
-        let price_eur = row.try_get("new_price")?;
-        let change = Json {
-            listing_id: row.try_get("listing_id")?,
-            id: row.try_get("id")?,
-            price_eur,
-            deleted: price_eur.is_none(),
-            previous_price_eur: row.try_get("old_price")?,
-            created_date: row.try_get("changed_at")?,
-        };
-        Ok(Self {
-            json: serde_json::to_string(&change).map_err(ApiError::internal)?,
-            listing_id: change.listing_id,
-            id: change.id,
-            is_deletion: change.deleted,
-        })
-    }
-}
-
-/// Some changes of one batch. It can be short, or even empty, before the end of the batch.
-pub struct Page {
-    pub changes: Vec<Change>,
-    /// The cursor behind the last change.
-    pub next: Cursor,
-    /// A cursor in the batch.
-    batch: Cursor,
-    /// Rendered once, for all listeners.
-    events: OnceLock<Bytes>,
-}
-
-impl Page {
-    /// The page after a cursor. If its batch has ended, the next one ends at the head.
-    pub async fn read(
-        read: impl AsyncFn(&str, Parameters) -> Result<Vec<Row>, Error>,
-        cursor: &Cursor,
-        head: &Head,
-        limit: i64,
-    ) -> Result<Self, ApiError> {
-        let mut page = Self {
-            changes: Vec::new(),
-            next: cursor.clone(),
-            batch: cursor.clone(),
-            events: OnceLock::new(),
-        };
-        let mut position = if let Some(position) = &cursor.batch {
-            position.clone()
-        } else {
-            let seen = cursor.seen.as_ref();
-            if seen.is_some_and(|seen| seen.includes(&head.snapshot)) {
-                // Otherwise an idle client would keep the epoch of a former primary.
-                if !cursor.epoch.is_same_life(&head.epoch) {
-                    page.next.epoch = head.epoch.clone();
-                }
-                return Ok(page);
-            }
-            page.batch.epoch = head.epoch.clone();
-            Position {
-                until: head.snapshot.clone(),
-                is_large: false,
-                listing_id: i32::MIN,
-                id: i64::MIN,
-            }
-        };
-        // The extra row tells whether the batch has more.
-        let limit = limit + 1;
-        let (listing_id, id) = (position.listing_id, position.id);
-        let seen = cursor.seen.as_ref();
-        let sorted = match seen {
-            Some(seen) if !position.is_large => {
-                let (first, last) = between(seen, &position.until);
-                let values: Parameters = &[&first, &last, &listing_id, &id, &limit];
-                let rows = read(SELECT_SORTED, values).await?;
-                // Transactions that were running can have added rows since the first page of the batch.
-                (number(rows.first().ok_or_else(is_standby)?)? <= MAX_SORTED).then_some(rows)
-            }
-            _ => None,
-        };
-        position.is_large = sorted.is_none();
-        let rows = if let Some(rows) = sorted {
-            rows
-        } else {
-            let values: Parameters = &[&listing_id, &id, &seen, &position.until, &limit];
-            read(SELECT_LARGE, values).await?
-        };
-        let mut more = false;
-        if let Some(last) = rows.last().filter(|_| position.is_large) {
-            more = number(last)? == WINDOW;
-            if more {
-                (position.listing_id, position.id) =
-                    (last.try_get("listing_id")?, last.try_get("id")?);
-            }
-        } else if rows.is_empty() {
-            return Err(is_standby());
-        }
-        for row in &rows {
-            let is_change: Option<bool> = row.try_get("is_change")?;
-            if is_change == Some(true) {
-                page.changes.push(Change::of(row)?);
-            }
-        }
-        if i64::try_from(page.changes.len()) == Ok(limit) {
-            page.changes.pop();
-            more = true;
-            if let Some(last) = page.changes.last() {
-                (position.listing_id, position.id) = (last.listing_id, last.id);
-            }
-        }
-        page.batch.batch = Some(position.clone());
-        page.next = if more {
-            page.batch.clone()
-        } else {
-            Cursor {
-                epoch: page.batch.epoch.clone(),
-                seen: Some(position.until),
-                batch: None,
-            }
-        };
-        Ok(page)
-    }
-
-    /// The first changes, with the cursor behind them.
-    pub fn first(&self, limit: i64) -> (&[Change], Cursor) {
-        let limit = usize::try_from(limit).unwrap_or(usize::MAX);
-        match self.changes.get(..limit) {
-            Some(changes) if changes.len() < self.changes.len() => {
-                let mut next = self.batch.clone();
-                if let (Some(position), Some(last)) = (&mut next.batch, changes.last()) {
-                    (position.listing_id, position.id) = (last.listing_id, last.id);
-                }
-                (changes, next)
-            }
-            _ => (&self.changes, self.next.clone()),
-        }
-    }
-
-    /// The changes as server-sent events, each with the cursor behind it.
-    pub fn events(&self) -> Bytes {
-        let render = || {
-            let mut text = String::with_capacity(self.changes.len() * 300);
-            let mut cursor = self.batch.clone();
-            for (index, change) in self.changes.iter().enumerate() {
-                if let Some(position) = &mut cursor.batch {
-                    (position.listing_id, position.id) = (change.listing_id, change.id);
-                }
-                let is_last = index + 1 == self.changes.len();
-                let id = if is_last { &self.next } else { &cursor }.encode();
-                let event = if change.is_deletion {
-                    "deletion"
-                } else {
-                    "price"
-                };
-                // Writing to a string cannot fail.
-                let _ = write!(text, "id: {id}\nevent: {event}\ndata: {}\n\n", change.json);
-            }
-            text.into()
-        };
-        self.events.get_or_init(render).clone()
-    }
-}
-
-/// The `number` of a row. No number: there is no row.
-fn number(row: &Row) -> Result<i64, ApiError> {
-    let number: Option<i64> = row.try_get("number")?;
-    Ok(number.unwrap_or_default())
-}
-
-/// The first and last transactions of each range that one snapshot sees and an older one does not.
-fn between(seen: &Snapshot, until: &Snapshot) -> (Vec<Xid>, Vec<Xid>) {
-    let mut first = until.ended_since(seen);
-    first.retain(|xid| *xid < until.end);
-    let mut last = first.clone();
-    let mut start = seen.end;
-    for end in until
-        .running
-        .iter()
-        .chain([&until.end])
-        .filter(|xid| **xid >= seen.end)
-    {
-        if start < *end {
-            first.push(start);
-            last.push(Xid(end.0 - 1));
-        }
-        start = Xid(end.0 + 1);
-    }
-    (first, last)
-}
 
 /// What became visible between two polls.
 pub struct Tick {
@@ -522,8 +191,15 @@ impl Feed {
             return false;
         }
         if old.timeline == new.timeline {
-            let crashed = new.recovered != 0 && new.recovered != old.recovered;
-            return old.position <= if crashed { new.recovered } else { new.position };
+            return match new.recovered {
+                recovered if recovered == old.recovered => old.position <= new.position,
+                // Another standby was promoted to the same timeline.
+                _ if head.was_standby => false,
+                // A clean restart.
+                0 => old.position <= new.position,
+                // A crash.
+                recovered => old.position <= recovered,
+            };
         }
         let promotion = self.state().promotion;
         promotion.is_some_and(|(database, timeline, end)| {

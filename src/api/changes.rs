@@ -14,7 +14,8 @@ use tokio::time::{Instant, timeout_at};
 use tokio_postgres::Row;
 
 use super::change_cursor::Cursor;
-use super::change_feed::{Change, Feed, Head, MAX_PAGE, Page, Ticks};
+use super::change_feed::{Feed, Ticks};
+use super::change_page::{Change, Head, MAX_PAGE, Page};
 use crate::http::error::ApiError;
 use crate::http::query::Query;
 use crate::http::request_id;

@@ -3,6 +3,7 @@
 mod auth;
 mod change_cursor;
 mod change_feed;
+mod change_page;
 mod changes;
 mod chart;
 mod docs;
@@ -60,7 +61,7 @@ pub fn configure(config: &mut ServiceConfig, database: Database, feed: Data<Feed
 pub fn statements(auth: AuthMode) -> Vec<(&'static str, String)> {
     let mut statements = listings::statements();
     statements.extend(prices::statements());
-    statements.extend(change_feed::statements());
+    statements.extend(change_page::statements());
     if auth == AuthMode::Keys {
         statements.push(("a lookup of API keys", auth::SELECT_KEYS.to_owned()));
     }
