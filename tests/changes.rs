@@ -299,6 +299,9 @@ async fn changes_come_as_events() {
         assert!(head.contains(header), "{head}");
     }
     assert!(!head.contains("gzip"), "{head}");
+    let accept = "accept: application/json;q=0.5, Text/Event-Stream\r\n";
+    let response = service.send("HEAD", "/changes?wait=60", accept, "");
+    assert_eq!(response.header("content-type"), Some("text/event-stream"));
     let first = events.next().expect("an event").remove(0);
     assert_eq!(first.kind, "price");
     let page = changes(&service.get("/changes"));

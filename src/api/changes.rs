@@ -34,30 +34,37 @@ pub async fn list(
     let wait = query.wait()?;
     let after = query.string("after", |_| Ok(()))?;
     query.finish()?;
-    let last_event_id = request.headers().get("last-event-id");
     let reader = Reader {
         database,
         feed,
         limit,
     };
-    let is_head = *request.method() == Method::HEAD;
-    if !accepts_events(&request) {
-        let start = Start::parse("after", after.as_deref())?;
-        let wait = if is_head { Duration::ZERO } else { wait };
-        let (changes, next) = reader.wait(start, wait).await?;
-        let link = query.next_page(request.path(), &next.encode());
-        return Ok(HttpResponse::Ok()
-            .insert_header((header::LINK, link))
-            .insert_header((header::CACHE_CONTROL, "no-cache"))
-            .insert_header((header::VARY, "Accept, Accept-Encoding"))
-            .content_type(ContentType::json())
-            .body(changes));
+    if accepts_events(&request) {
+        let start = match request.headers().get("last-event-id") {
+            // A text that is not ASCII is no cursor.
+            Some(id) => Start::parse("last-event-id", Some(id.to_str().unwrap_or_default()))?,
+            None => Start::parse("after", after.as_deref())?,
+        };
+        return respond_with_events(&request, reader, start).await;
     }
-    let start = match last_event_id {
-        // A text that is not ASCII is no cursor.
-        Some(id) => Start::parse("last-event-id", Some(id.to_str().unwrap_or_default()))?,
-        None => Start::parse("after", after.as_deref())?,
-    };
+    let start = Start::parse("after", after.as_deref())?;
+    let is_head = *request.method() == Method::HEAD;
+    let wait = if is_head { Duration::ZERO } else { wait };
+    let (changes, next) = reader.wait(start, wait).await?;
+    let link = query.next_page(request.path(), &next.encode());
+    Ok(HttpResponse::Ok()
+        .insert_header((header::LINK, link))
+        .insert_header((header::CACHE_CONTROL, "no-cache"))
+        .insert_header((header::VARY, "Accept, Accept-Encoding"))
+        .content_type(ContentType::json())
+        .body(changes))
+}
+
+async fn respond_with_events(
+    request: &HttpRequest,
+    reader: Reader,
+    start: Start,
+) -> Result<HttpResponse, ApiError> {
     // Read before the response starts, so that a failure still has a status.
     let (cursor, head) = reader.open(start).await?;
     let mut response = HttpResponse::Ok();
@@ -68,7 +75,7 @@ pub async fn list(
         .insert_header((header::CONTENT_ENCODING, "identity"))
         .insert_header(("x-accel-buffering", "no"))
         .content_type("text/event-stream");
-    if is_head {
+    if *request.method() == Method::HEAD {
         return Ok(response.streaming(stream::empty::<Result<Bytes, ApiError>>()));
     }
     let events = Events {
