@@ -233,3 +233,42 @@ async fn a_logical_replica_of_only_the_listings_can_keep_its_own_log() {
     assert_eq!(rows(&subscriber, log).await, expected);
     assert_no_problem(&subscriber).await;
 }
+
+#[tokio::test]
+async fn a_publication_of_the_log_delivers_committed_inserts_alone_in_the_order_of_commits() {
+    let cluster = Cluster::migrated();
+    let (first, second) = (cluster.superuser().await, cluster.superuser().await);
+    run(&first, &insert_listing(1, "100")).await;
+    run(&first, &insert_listing(2, "200")).await;
+    run(
+        &first,
+        "create role capture login replication password 'capture'; \
+         create publication price_changes for table listing_price_log, listing_deletion with (publish = 'insert')",
+    )
+    .await;
+    let mut capture = cluster.config.clone();
+    let capture = connect(capture.user("capture").password("capture")).await;
+    let slot = "select pg_create_logical_replication_slot('price_changes', 'pgoutput')";
+    run(&capture, slot).await;
+    run(&first, "begin; update listing set price = 101 where id = 1").await;
+    run(
+        &second,
+        "begin; update listing set price = 999 where id = 2; rollback",
+    )
+    .await;
+    run(&second, "update listing set price = 201 where id = 2").await;
+    run(&first, "commit").await;
+    run(&second, "delete from listing where id = 1").await;
+    run(&second, "select prune_price_history('infinity')").await;
+    // The kind of each message, and the prices in it. An I is an insert, a D would be a delete.
+    let messages = r"select chr(get_byte(data, 0)), array(
+            select match[1] from regexp_matches(encode(data, 'escape'), '(\d+\.00)t', 'g') as match)
+        from pg_logical_slot_get_binary_changes('price_changes', null, null,
+            'proto_version', '1', 'publication_names', 'price_changes')
+        where chr(get_byte(data, 0)) in ('I', 'U', 'D', 'T')";
+    assert_eq!(
+        rows(&capture, messages).await,
+        ["I|{200.00,201.00}", "I|{100.00,101.00}", "I|{101.00}"]
+    );
+    assert_no_problem(&second).await;
+}
