@@ -1,4 +1,4 @@
-//! Polls the change feed for all listeners of this process at once, four times a second while any listens.
+//! Polls the change feed for all listeners of this process at once, four times a second while there is one.
 //!
 //! A listener at the head gets the page that the poll read. Any other listener reads pages by itself until it reaches the head.
 
@@ -95,7 +95,7 @@ impl Feed {
                 Ok(None) => (),
                 Ok(Some(tick)) => {
                     self.state().last = Some(tick.clone());
-                    // It fails if nobody listens any more.
+                    // It fails if the last listener has just left.
                     let _ = self.ticks.send(Some(tick));
                 }
                 Err(error) => {
@@ -110,7 +110,7 @@ impl Feed {
         }
     }
 
-    /// Forgets the last poll, because nobody listens.
+    /// Forgets the last poll, because there is no listener.
     fn rest(&self) {
         let mut state = self.state();
         (state.last, state.polled_at) = (None, None);
@@ -243,7 +243,7 @@ impl Metrics {
             listeners: Gauge::new("change_feed_listeners", "Requests that wait for changes.")?,
             lag: Gauge::new(
                 "change_feed_lag_seconds",
-                "Age of the last successful poll. NaN if nobody listens.",
+                "Age of the last successful poll. NaN if no client waits.",
             )?,
             running: Gauge::new(
                 "change_feed_running_transactions",
@@ -251,7 +251,7 @@ impl Metrics {
             )?,
             oldest: Gauge::new(
                 "change_feed_oldest_transaction_seconds",
-                "How long the poll has seen the oldest of them. 0 if there is none.",
+                "How long the poll has seen the oldest running transaction. 0 if there is none.",
             )?,
         })
     }
