@@ -1,5 +1,6 @@
 //! Kills, pauses, disconnects, promotes and restarts servers while clients record every acknowledged write. In the end the
-//! database must contain all of them. `make chaos` does the same for longer and prints a report.
+//! database must contain all of them, and consumers of the change feed must have the present prices. `make chaos` does the
+//! same for longer and prints a report.
 
 use std::collections::{BTreeMap, HashMap};
 use std::env;
@@ -7,14 +8,14 @@ use std::io::ErrorKind;
 use std::mem;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use fastrand::Rng;
 use serde_json::json;
 
 use crate::support::{
-    Cluster, Connection, JSON, LOFT, Link, OnDrop, Response, Service, assert_no_problem,
+    Cluster, Connection, JSON, LOFT, Link, Mirror, OnDrop, Response, Service, assert_no_problem,
     free_address, require_a_standby, rows, run, synchronous_pair, through,
 };
 
@@ -48,6 +49,7 @@ struct Observation {
 #[derive(Default)]
 struct Shared {
     done: AtomicBool,
+    writers_ended: AtomicBool,
     observations: Mutex<Vec<Observation>>,
 }
 
@@ -367,6 +369,29 @@ impl World {
     }
 }
 
+/// Two consumers of the change feed, one by pages and one by events. They end at the last change of the writers.
+fn mirrors(world: &World, shared: &Arc<Shared>) -> [JoinHandle<BTreeMap<i64, i64>>; 2] {
+    [false, true].map(|by_events| {
+        let instances = world.instances.iter();
+        let instances = instances.map(|instance| instance.address.clone());
+        let mirror = Mirror::new(instances.collect(), by_events);
+        let shared = shared.clone();
+        thread::spawn(move || mirror.follow(&shared.writers_ended))
+    })
+}
+
+/// Asserts that the consumers have the present prices.
+fn assert_mirrored(
+    mirrors: [JoinHandle<BTreeMap<i64, i64>>; 2],
+    listings: &BTreeMap<i64, (String, i64)>,
+) {
+    let prices = listings.iter().map(|(id, (_, price))| (*id, *price));
+    let prices: BTreeMap<_, _> = prices.collect();
+    for mirror in mirrors {
+        assert_eq!(mirror.join().expect("a mirror without a failure"), prices);
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn every_acknowledged_write_survives_every_fault() {
     let given = |name| env::var(name).ok().map(|value| value.parse().expect(name));
@@ -400,6 +425,7 @@ async fn every_acknowledged_write_survives_every_fault() {
             })
         })
         .collect();
+    let mirrors = mirrors(&world, &shared);
     let end = OnDrop(|| shared.done.store(true, Ordering::Relaxed));
 
     let mut faults = Vec::new();
@@ -451,6 +477,8 @@ async fn every_acknowledged_write_survives_every_fault() {
         let fields: Vec<_> = row.split('|').collect();
         listings.insert(number(fields[0]), (fields[1].to_owned(), number(fields[2])));
     }
+    shared.writers_ended.store(true, Ordering::Relaxed);
+    assert_mirrored(mirrors, &listings);
     let mut histories: HashMap<i64, Vec<i64>> = HashMap::new();
     for row in rows(
         &superuser,

@@ -6,6 +6,7 @@ mod database;
 mod link;
 mod load;
 mod migrations;
+mod mirror;
 mod openapi;
 mod service;
 
@@ -15,6 +16,7 @@ pub use database::*;
 pub use link::*;
 pub use load::*;
 pub use migrations::*;
+pub use mirror::*;
 pub use openapi::*;
 pub use service::*;
 
