@@ -84,7 +84,7 @@ fn documented(method: &str, path: &str, status: u16) -> &'static Value {
         .find(|(template, _)| matches(template))
         .and_then(|(_, operations)| operations.get(method.to_ascii_lowercase()));
     let Some(operation) = operation else {
-        return &OPENAPI["components"]["responses"]["Error"];
+        return &OPENAPI["components"]["responses"]["OtherError"];
     };
     let responses = &operation["responses"];
     let response = responses.get(status.to_string());
