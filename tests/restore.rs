@@ -6,7 +6,7 @@ use tokio_postgres::Client;
 
 use crate::support::{
     Cluster, Database, apply, assert_no_problem, connect, in_checkout, insert_listing, program,
-    rows, run, succeed,
+    rows, run, succeed, value,
 };
 
 /// Prices, deletions and maintenance, each table whole.
@@ -161,7 +161,10 @@ async fn publish(tables: &str, prepare_subscriber: &str) -> (Cluster, Client, Cl
     write_some_history(&publisher).await;
     run(
         &publisher,
-        &format!("create publication prices for table {tables}"),
+        &format!(
+            "create publication prices for table {tables}; \
+             create publication keys for table idempotency_key with (publish = 'insert')"
+        ),
     )
     .await;
     // Within one cluster, `create subscription` would wait for itself if it created the slot.
@@ -172,7 +175,7 @@ async fn publish(tables: &str, prepare_subscriber: &str) -> (Cluster, Client, Cl
     .await;
     run(&subscriber, prepare_subscriber).await;
     let subscription = format!(
-        "create subscription prices connection '{}' publication prices with (create_slot = false)",
+        "create subscription prices connection '{}' publication prices, keys with (create_slot = false)",
         cluster.url
     );
     run(&subscriber, &subscription).await;
@@ -203,6 +206,17 @@ async fn a_logical_replica_of_all_tables_holds_the_same_log_with_each_deletion_o
     )
     .await;
     run(&publisher, &insert_listing(5, "5")).await;
+    run(
+        &publisher,
+        "insert into idempotency_key (key, body_sha256, listing_id, created_at) \
+         values ('a', 'x', 1, now() - interval '2 days')",
+    )
+    .await;
+    wait_until_equal(&publisher, &subscriber, "select * from idempotency_key").await;
+    // Its removal is not published, so it needs no replica identity.
+    let prune = "select prune_idempotency_keys()";
+    assert_eq!(value(&publisher, prune).await, "1");
+    assert_eq!(value(&subscriber, prune).await, "1");
     wait_until_equal(&publisher, &subscriber, "select * from listing order by id").await;
     wait_until_equal(&publisher, &subscriber, WHOLE_LOG).await;
     assert_no_problem(&subscriber).await;
