@@ -1,12 +1,14 @@
-//! What README.md and docs/ tell people is true: the queries run, the links lead somewhere, and the pages are short.
+//! What README.md and docs/ tell people is true: the queries run, the commands print what the page shows, the links lead
+//! somewhere, and the pages are short.
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 
 use listing_api::{SETTINGS, Setting};
 
-use crate::support::{Database, in_checkout, insert_listing, run};
+use crate::support::{Database, Service, create_key, in_checkout, insert_listing, printed, run};
 
 /// README.md and the pages of docs/, by path.
 fn pages() -> BTreeMap<String, String> {
@@ -72,6 +74,100 @@ async fn every_query_runs() {
         queries += blocks.len();
     }
     assert!(queries >= 8, "only {queries} queries found");
+}
+
+/// The commands of a console block, each with what it prints. The further lines of a command begin with four blanks.
+fn commands(block: &str) -> Vec<(String, String)> {
+    let mut commands: Vec<(String, String)> = Vec::new();
+    for line in block.lines() {
+        match (line.strip_prefix("$ "), commands.last_mut()) {
+            (Some(command), _) => commands.push((command.to_owned(), String::new())),
+            (None, Some((command, output))) if output.is_empty() && line.starts_with("    ") => {
+                command.extend(["\n", line]);
+            }
+            (None, Some((_, output))) => output.extend([line, "\n"]),
+            (None, None) => panic!("no command before {line}"),
+        }
+    }
+    commands
+}
+
+/// The times and the ETags in the output of a command. They differ from run to run.
+fn volatile(output: &str) -> Vec<&str> {
+    let is_etag = |word: &&str| {
+        let digits = word
+            .strip_prefix('"')
+            .and_then(|word| word.strip_suffix('"'));
+        digits.is_some_and(|digits| digits.bytes().all(|byte| byte.is_ascii_digit()))
+    };
+    let is_time = |word: &&str| word.len() == 27 && word.ends_with('Z');
+    let etags = output.split_whitespace().filter(is_etag);
+    etags.chain(output.split('"').filter(is_time)).collect()
+}
+
+/// The text with the values of this run in place of those that the page shows.
+fn renamed(text: &str, values: &BTreeMap<String, String>) -> String {
+    let mut rest = text;
+    let mut renamed = String::new();
+    while let Some(first) = rest.chars().next() {
+        let value = values
+            .iter()
+            .find_map(|(shown, value)| Some((value, rest.strip_prefix(shown.as_str())?)));
+        if let Some((value, after)) = value {
+            renamed += value;
+            rest = after;
+        } else {
+            renamed.push(first);
+            rest = &rest[first.len_utf8()..];
+        }
+    }
+    renamed
+}
+
+#[tokio::test]
+async fn every_command_of_the_api_prints_what_its_page_shows() {
+    for (path, expected) in [
+        ("README.md", 3),
+        ("docs/api.md", 16),
+        ("docs/api-reference.md", 1),
+    ] {
+        let service = Service::start().await;
+        let with_keys = Service::start_at(&service.url, &[("AUTH", "keys")]);
+        let key = create_key(service.superuser(), "alice").await;
+        let folder = tempfile::tempdir().expect("a folder");
+        let page = fs::read_to_string(in_checkout(path)).expect("read the page");
+        let blocks = page.split("```console\n").skip(1);
+        let blocks = blocks.filter_map(|block| block.split("```").next());
+        let mut values = BTreeMap::new();
+        let mut count = 0;
+        for block in blocks.filter(|block| block.starts_with("$ ") && !block.contains("$ make ")) {
+            let service = if block.contains("$KEY") {
+                &with_keys
+            } else {
+                &service
+            };
+            let curlrc = format!("connect-to = \"localhost:8080:{}\"\n", service.address);
+            fs::write(folder.path().join(".curlrc"), curlrc).expect("write .curlrc");
+            for (command, shown) in commands(block) {
+                let command = renamed(&command, &values);
+                let output = Command::new("sh")
+                    .args(["-c", &command])
+                    .env("CURL_HOME", folder.path())
+                    .env("KEY", &key)
+                    .current_dir(folder.path())
+                    .output()
+                    .expect("run sh");
+                let printed = printed(&output);
+                for (shown, value) in volatile(&shown).into_iter().zip(volatile(&printed)) {
+                    let value = value.to_owned();
+                    values.entry(shown.to_owned()).or_insert(value);
+                }
+                assert_eq!(printed, renamed(&shown, &values), "{path}: {command}");
+                count += 1;
+            }
+        }
+        assert_eq!(count, expected, "{path}");
+    }
 }
 
 #[test]
