@@ -384,11 +384,23 @@ async fn a_page_may_send_what_it_read_and_what_an_html_form_holds() {
         )
     );
 
+    // A form that the browser posts itself is not JSON.
+    let form = "content-type: application/x-www-form-urlencoded\r\n";
+    let posted = service.send(
+        "POST",
+        "/listings",
+        form,
+        "name=Loft&latest_price_eur=480000",
+    );
+    let message = "content-type: must be application/json";
+    assert_eq!(posted.error(), (415, message.to_owned()));
+
     let list = service.get("/listings").json();
     assert_eq!(list.as_array().map(Vec::len), Some(2));
     let prices = service.get("/listings/1/prices").json();
     let amounts: Vec<_> = prices.as_array().expect("an array").iter().collect();
     assert_eq!(amounts.len(), 2);
+    assert_eq!(amounts[0]["price_eur"].to_string(), "480000.1");
     assert_eq!(amounts[1]["price_eur"].to_string(), "9999999999.99");
 }
 
