@@ -49,6 +49,9 @@ async fn a_body_that_is_not_json_gets_400() {
         with("Loft", r"\x"),
         with("Loft", "\n"),
         with("}", "},"),
+        // Also in a field that is ignored.
+        with(r#"{"name""#, r#"{"id":1e400,"name""#),
+        with(r#"{"name""#, r#"{"created_date":"\ud800","name""#),
         [LOFT, "x"].concat().into_bytes(),
         not_utf8,
     ] {

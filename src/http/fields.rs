@@ -16,20 +16,7 @@ pub fn parse<T>(
     complete: bool,
     read: impl FnOnce(&mut Object, &mut Problems) -> T,
 ) -> Result<T, ApiError> {
-    let mut problems = Problems::default();
-    let text = std::str::from_utf8(body).ok();
-    let object = text.and_then(|text| Object::of(text, "", complete));
-    let value = object.map(|mut object| {
-        let value = read(&mut object, &mut problems);
-        object.finish(&mut problems);
-        value
-    });
-    match value {
-        Some(value) if problems.0.is_empty() => return Ok(value),
-        Some(_) => (),
-        None => problems.0.push("the body must be an object".to_owned()),
-    }
-    // A body that is not JSON is refused as such, whatever was found in it.
+    // First: raw values may be what JSON forbids, such as 1e400, and an ignored field is looked at nowhere else.
     if let Err(error) = serde_json::from_slice::<serde_json::Value>(body) {
         // Only the position: the library's own message may quote the body.
         let message = format!(
@@ -39,7 +26,18 @@ pub fn parse<T>(
         );
         return Err(ApiError::malformed(message));
     }
-    Err(ApiError::invalid(problems.0.join("; ")))
+    let text = std::str::from_utf8(body).ok();
+    let Some(mut object) = text.and_then(|text| Object::of(text, "", complete)) else {
+        return Err(ApiError::invalid("the body must be an object"));
+    };
+    let mut problems = Problems::default();
+    let value = read(&mut object, &mut problems);
+    object.finish(&mut problems);
+    if problems.0.is_empty() {
+        Ok(value)
+    } else {
+        Err(ApiError::invalid(problems.0.join("; ")))
+    }
 }
 
 /// The problems of a body, each with the path of its field.
