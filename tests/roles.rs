@@ -5,13 +5,14 @@ use tokio_postgres::Client;
 use crate::support::{Database, apply, in_checkout, insert_listing, refusal, rows, run};
 
 /// Every right that a role other than the owner has on an object in `public`. A new object needs a line here.
-const RIGHTS: [&str; 36] = [
+const RIGHTS: [&str; 38] = [
     "api_key: nothing",
     "api_key_id_seq: nothing",
     "change_feed_epoch(): execute listing_api",
     "create_api_key(text,text,boolean): nothing",
     "find_api_keys(bytea[]): execute listing_api",
     "hand_over_listings(integer[],text): nothing",
+    "idempotency_key: insert listing_api; select listing_api",
     "import_price_history(regclass,name,name,name): nothing",
     "list_api_keys(): execute listing_auditor",
     "listing: delete listing_api, older; \
@@ -37,6 +38,7 @@ const RIGHTS: [&str; 36] = [
     "listing_setup_problem: select listing_api, listing_auditor",
     "log_listing_price(): nothing",
     "prunable_prices(timestamp with time zone): execute listing_auditor",
+    "prune_idempotency_keys(interval): nothing",
     "prune_price_history(timestamp with time zone): nothing",
     "refinery_schema_history: select listing_api, listing_auditor",
     "refuse_listing_price_log_change(): nothing",

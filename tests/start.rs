@@ -240,7 +240,7 @@ async fn a_statement_that_postgresql_would_refuse_fails_the_check_and_the_start(
         (
             "alter table listing rename rooms_count to rooms",
             &[
-                "PostgreSQL refuses GET /listings, GET /listings/{id}, PATCH /listings/{id}: ERROR 42703: column \"rooms_count\" does not exist",
+                "PostgreSQL refuses GET /listings, POST /listings, GET /listings/{id}, PATCH /listings/{id}: ERROR 42703: column \"rooms_count\" does not exist",
                 "PostgreSQL refuses POST /listings: ERROR 42703: column \"rooms_count\" of relation \"listing\" does not exist",
             ],
             restore,

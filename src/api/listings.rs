@@ -452,8 +452,8 @@ pub fn statements() -> Vec<(&'static str, String)> {
     vec![
         ("GET /listings", Page::new(Filter::by_everything()).sql),
         ("POST /listings", INSERT.to_owned()),
-        ("POST /listings with a key", INSERT_ONCE.to_owned()),
-        ("POST /listings with a key", SELECT_REPEATED.to_owned()),
+        ("POST /listings", INSERT_ONCE.to_owned()),
+        ("POST /listings", SELECT_REPEATED.to_owned()),
         ("GET /listings/{id}", SELECT_BY_ID.to_owned()),
         ("PATCH /listings/{id}", UPDATE.to_owned()),
         ("PATCH /listings/{id}", SELECT_MAY_WRITE.to_owned()),
