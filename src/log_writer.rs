@@ -28,7 +28,7 @@ struct Buffer {
     lines: Vec<u8>,
     /// Whether the thread is writing lines that it took from the buffer.
     is_writing: bool,
-    /// How many lines were dropped after the last one.
+    /// How many lines were dropped since the last batch.
     dropped: u64,
 }
 
@@ -90,7 +90,7 @@ fn write_batches() {
         drop(buffer);
         if dropped > 0 {
             let gap = format!(
-                "listing-api: dropped {dropped} lines here, because stderr did not take them\n"
+                "listing-api: dropped {dropped} lines at about this time, because stderr did not take them\n"
             );
             batch.extend_from_slice(gap.as_bytes());
         }

@@ -191,7 +191,7 @@ fn max_connections(settings: &Settings) -> Result<usize> {
 fn bind(name: &str, address: SocketAddr) -> Result<(TcpListener, SocketAddr)> {
     /// With the 128 of the standard library, some of many new clients retry only after a second.
     const BACKLOG: u32 = 4096;
-    /// What the system takes for a client before it is sent.
+    /// How many bytes of a response the system buffers before it sends them.
     const UNSENT_BYTES: u32 = 128 * 1024;
     let bound = || {
         let socket = match address {

@@ -194,8 +194,8 @@ fn content(name: &str) -> Result<Option<Vec<u8>>> {
     };
     let name = || format!("{name}={}", path.display());
     let mut content = fs::read(&path).with_context(|| format!("cannot read {}", name()))?;
-    for end in [b'\n', b'\r'] {
-        content.pop_if(|last| *last == end);
+    if content.pop_if(|last| *last == b'\n').is_some() {
+        content.pop_if(|last| *last == b'\r');
     }
     ensure!(!content.is_empty(), "{} is an empty file", name());
     Ok(Some(content))
@@ -252,7 +252,7 @@ fn database(name: &str, has_ca_file: bool) -> Result<Option<Vec<Config>>> {
 /// Removes `sslmode` from a URL: the driver does not know all its values. With TLS, the service always verifies the certificate
 /// chain and the host name. So `require` and `verify-ca` mean the same as `verify-full`.
 fn take_ssl_mode(name: &str, url: &str) -> Result<(String, Option<SslMode>)> {
-    let Some((address, options)) = url.rsplit_once('?') else {
+    let Some((address, options)) = url.split_once('?') else {
         return Ok((url.to_owned(), None));
     };
     let (modes, others): (Vec<_>, Vec<_>) = options

@@ -98,9 +98,40 @@ async fn requests_sent_ahead_cost_neither_memory_nor_processor_time() {
     };
     let _clients: Vec<_> = (0..50).map(client).collect();
     assert_idle_within(Duration::from_secs(10), &service);
-    let more = service.resident_kib() - before;
+    let more = service.resident_kib().saturating_sub(before);
     assert!(more < 50 * 1024, "{more} KiB more");
     assert_eq!(service.get("/listings/1").status, 200);
+}
+
+#[tokio::test]
+async fn unread_responses_without_a_body_cost_no_processor_time() {
+    let service = Service::start().await;
+    let before = service.resident_kib();
+    let client = |_| {
+        let mut client = open(&service, b"");
+        send_ahead(&mut client, b"OPTIONS / HTTP/1.1\r\nhost: x\r\n\r\n");
+        client
+    };
+    let _clients: Vec<_> = (0..5).map(client).collect();
+    assert_idle_within(Duration::from_secs(20), &service);
+    let more = service.resident_kib().saturating_sub(before);
+    assert!(more < 20 * 1024, "{more} KiB more");
+}
+
+#[tokio::test]
+async fn empty_lines_before_a_request_are_ignored() {
+    let service = Service::start().await;
+    service.post(LOFT);
+    let mut connection = service.connect();
+    for lines in ["", "\r\n", "\n\r\n\r\n"] {
+        connection.write(lines.as_bytes());
+        assert_eq!(connection.send("GET", "/listings/1", "", "").status, 200);
+    }
+    let used = service.processor_time();
+    connection.write("\r\n".repeat(100_000).as_bytes());
+    assert_eq!(connection.send("GET", "/listings/1", "", "").status, 200);
+    let used = service.processor_time().saturating_sub(used);
+    assert!(used < Duration::from_secs(1), "{used:?}");
 }
 
 #[tokio::test]
@@ -141,7 +172,7 @@ async fn all_requests_sent_ahead_are_answered_in_turn() {
 }
 
 #[tokio::test]
-async fn five_hundred_hostile_clients_harm_nobody() {
+async fn five_hundred_hostile_clients_fail_no_request_of_others() {
     const OF_EACH_KIND: usize = 100;
     let service = with_a_long_list(&[]).await;
     let median = |seconds| {
@@ -166,10 +197,10 @@ async fn five_hundred_hostile_clients_harm_nobody() {
         times.sort();
         times[times.len() / 2]
     };
-    let names: Vec<_> = (0..16_000).map(|name| format!("a{name:04x}")).collect();
+    let names: Vec<_> = (0..9_000).map(|name| format!("a{name:04x}")).collect();
     let parameters = format!(
         "GET /listings?{} HTTP/1.1\r\nhost: x\r\n\r\n",
-        names[..9000].join("&")
+        names.join("&")
     );
     let slow_list = list("hostile");
     let stop = AtomicBool::new(false);
@@ -225,6 +256,8 @@ async fn five_hundred_hostile_clients_harm_nobody() {
         "median {alone:?} alone, {beside:?} beside 500 hostile clients, {} KiB",
         service.resident_kib()
     );
+    // Far more than on an idle machine, where it is less than three times as long.
+    assert!(beside < Duration::from_secs(2), "{beside:?}");
     assert!(
         service.resident_kib() < 200 * 1024,
         "{} KiB",

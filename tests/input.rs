@@ -940,6 +940,10 @@ async fn a_request_whose_end_is_ambiguous_gets_400_and_its_connection_is_closed(
         ("x: 1\r\n\tcontent-length: 2\r\n", "{}"),
         ("x: 1\rcontent-length: 2\r\n", "{}"),
         ("x\0: 1\r\ncontent-length: 2\r\n", "{}"),
+        // A line that ends without a carriage return, also the empty one.
+        ("x: 1\ncontent-length: 2\r\n", "{}"),
+        ("content-length: 2\n", "{}"),
+        ("content-length: 2\r\n\n{}", ""),
         (
             "transfer-encoding: chunked\r\ntransfer-encoding: chunked\r\n",
             "0\r\n\r\n",

@@ -698,7 +698,7 @@ async fn no_key_and_no_hash_is_logged_or_returned() {
     post(&bearer(&key), 500);
     run(
         &superuser,
-        "grant execute on function find_api_keys to listing_api",
+        "grant execute on function find_api_keys, change_feed_epoch to listing_api",
     )
     .await;
     run(&superuser, "select revoke_api_key(1)").await;

@@ -334,7 +334,7 @@ async fn an_instance_that_opens_no_session_for_5_s_is_not_ready_until_it_can_aga
         );
         assert_eq!(service.get("/listings/1").status, 200, "{reason}");
 
-        // Nobody sends requests to an instance that is not ready.
+        // An instance that is not ready gets no requests.
         run(service.superuser(), &format!("{alter} {repair}")).await;
         within(Duration::from_secs(3), "ready", || ready(&service));
         assert_eq!(service.patch("/listings/1", "{}").status, 200);

@@ -32,7 +32,7 @@ pub async fn read(request: &HttpRequest, mut payload: web::Payload) -> Result<By
         let message = "the body must not exceed 64 KiB";
         ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, message)
     };
-    let _receiving = Receiving::start(request);
+    let receiving = Receiving::start(request);
     let read = async {
         let mut body = BytesMut::new();
         while let Some(chunk) = payload.next().await {
@@ -51,7 +51,11 @@ pub async fn read(request: &HttpRequest, mut payload: web::Payload) -> Result<By
         let message = "the body took too long to arrive";
         ApiError::new(StatusCode::REQUEST_TIMEOUT, message)
     };
-    timeout(READ_TIMEOUT, read).await.map_err(late)?
+    let body = timeout(READ_TIMEOUT, read).await.map_err(late)??;
+    if let Some(receiving) = receiving {
+        receiving.complete();
+    }
+    Ok(body)
 }
 
 /// Refuses a request whose body is not declared as one of these media types.

@@ -6,8 +6,8 @@
 //! The head of each request has to arrive in time. The parser's own limit is for the first request only. A client that reads
 //! nothing of a response for too long is disconnected.
 //!
-//! If the client disconnects, the parser gets an error instead of the end of its input. It then drops the request in flight,
-//! which cancels the statement. The parser's own `h1_allow_half_closed(false)` also drops the responses before a malformed
+//! If the client disconnects, the parser gets an error instead of the end of its input, and drops the request in flight. If the
+//! client has sent something behind that request, this shows only after the response. The parser's own `h1_allow_half_closed(false)` also drops the responses before a malformed
 //! request.
 //!
 //! The parser answers a malformed or oversized head itself, with a bare status, and closes the connection. This wrapper
@@ -31,26 +31,38 @@ use super::body::READ_TIMEOUT;
 use super::exchange::Exchange;
 use super::request_id;
 
+/// No head may contain it.
+const INVALID: &[u8] = b"\0";
+
 /// What is read at a time. Most requests are shorter.
 const PIECE_BYTES: usize = 2048;
 
 /// How long a client may read nothing of a response.
 const STALL_TIMEOUT: Duration = Duration::from_mins(1);
 
+/// What the parser has got last.
+#[derive(Default)]
+struct Given {
+    /// Whether it was a part of a head, and not yet the end of it.
+    is_head: bool,
+    byte: u8,
+    /// Whether the line of that byte has no other characters.
+    line_is_empty: bool,
+}
+
 pub struct Connection {
     socket: TcpStream,
     exchange: Rc<Exchange>,
     /// What was read and not given to the parser yet.
     ahead: BytesMut,
-    /// How much of the end of a head the parser has got last.
-    matched: usize,
+    given: Given,
     /// Whether the parser has to look at what it got before it gets more.
     parse_first: bool,
     /// How many requests had begun when the head of the next one began, and when that was.
     head: (u64, Instant),
     /// Since when the client has read nothing of what is written.
     stalled: Option<Instant>,
-    /// Rings at the end of a limit or earlier. It is set anew only after it has rung, to the time for a head at most.
+    /// May fire before a deadline. It is reset only after it fired, by at most [`READ_TIMEOUT`].
     timer: Pin<Box<Sleep>>,
     is_late: bool,
     /// Whether pages of any origin may read the response.
@@ -65,7 +77,7 @@ impl Connection {
             socket,
             exchange: Rc::default(),
             ahead: BytesMut::new(),
-            matched: 0,
+            given: Given::default(),
             parse_first: false,
             head: (0, Instant::now()),
             stalled: None,
@@ -93,37 +105,48 @@ impl Connection {
         Poll::Pending
     }
 
-    /// The length up to the end of a head, if there is one. What looks like one in a body costs time only.
-    fn end_of_head(&mut self, bytes: &[u8]) -> Option<usize> {
-        const END: &[u8] = b"\n\r\n";
-        for (index, byte) in bytes.iter().enumerate() {
-            let continues = END.get(self.matched) == Some(byte);
-            self.matched = if continues {
-                self.matched + 1
-            } else {
-                usize::from(*byte == b'\n')
-            };
-            if self.matched == END.len() {
-                self.matched = 0;
-                return Some(index + 1);
-            }
-        }
-        None
-    }
-
-    /// How much of what was read the parser may get.
-    fn length_to_give(&mut self, bytes: &[u8]) -> usize {
+    /// Passes on what the parser may get of what was read. Returns how many bytes are used up.
+    fn pass(&mut self, bytes: &[u8], buffer: &mut ReadBuf<'_>) -> usize {
         if let Some(length) = self.exchange.take_body(bytes.len()) {
+            buffer.put_slice(&bytes[..length]);
             return length;
         }
+        let is_head = !self.exchange.is_in_chunks();
+        let mut start = 0;
+        if is_head && !self.given.is_head {
+            let is_line_end = |byte: &&u8| matches!(byte, b'\r' | b'\n');
+            start = bytes.iter().take_while(is_line_end).count();
+            if start == bytes.len() {
+                return start;
+            }
+            self.given.is_head = true;
+        }
         self.note_head();
-        let end = self.end_of_head(bytes);
-        self.parse_first = end.is_some();
-        end.unwrap_or(bytes.len())
+        for (index, byte) in bytes.iter().enumerate().skip(start) {
+            let last = mem::replace(&mut self.given.byte, *byte);
+            match byte {
+                // The parser would accept it as the end of a line, but other servers do not.
+                b'\n' if is_head && last != b'\r' => {
+                    buffer.put_slice(&bytes[start..index]);
+                    buffer.put_slice(INVALID);
+                    return index + 1;
+                }
+                b'\n' if mem::replace(&mut self.given.line_is_empty, true) => {
+                    self.given.is_head = false;
+                    self.parse_first = true;
+                    buffer.put_slice(&bytes[start..=index]);
+                    return index + 1;
+                }
+                b'\n' | b'\r' => (),
+                _ => self.given.line_is_empty = false,
+            }
+        }
+        buffer.put_slice(&bytes[start..]);
+        bytes.len()
     }
 
-    /// The parser closes the connection after an error of its own. If there was unread input, the system would make a reset of
-    /// it, which can cost the client the response.
+    /// The parser closes the connection after an error of its own. If input was unread, the system would reset the connection,
+    /// and the client could lose the response.
     fn discard_input(&self) {
         let mut unread = [0; PIECE_BYTES];
         for _ in 0..64 {
@@ -141,7 +164,7 @@ impl Connection {
         }
     }
 
-    /// If a head is late, gives the parser a byte that no head may contain, so that it answers in turn and closes.
+    /// If a head is late, makes the parser answer in turn and close.
     fn poll_late(
         &mut self,
         cx: &mut Context<'_>,
@@ -155,8 +178,12 @@ impl Connection {
             ready!(self.timer.as_mut().poll(cx));
             self.timer.as_mut().reset(started + READ_TIMEOUT);
         }
+        if self.exchange.is_in_chunks() {
+            // The rest of a body that no handler reads. Its request has been answered.
+            return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+        }
         self.is_late = true;
-        buffer.put_slice(b"\0");
+        buffer.put_slice(INVALID);
         Poll::Ready(Ok(()))
     }
 
@@ -167,7 +194,9 @@ impl Connection {
     ) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.socket).poll_write(cx, bytes);
         if written.is_ready() {
-            self.stalled = None;
+            if self.stalled.take().is_some() {
+                cx.waker().wake_by_ref();
+            }
             return written;
         }
         let deadline = *self.stalled.get_or_insert_with(Instant::now) + STALL_TIMEOUT;
@@ -191,38 +220,42 @@ impl AsyncRead for Connection {
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let connection = &mut *self;
-        if mem::take(&mut connection.parse_first) {
-            cx.waker().wake_by_ref();
-            return Poll::Pending;
+        let filled = buffer.filled().len();
+        while buffer.filled().len() == filled {
+            if mem::take(&mut connection.parse_first) {
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
+            // A client that does not read gets no more requests served. The next write wakes the task.
+            if connection.stalled.is_some() {
+                return Poll::Pending;
+            }
+            if connection.exchange.is_held() {
+                return connection.poll_hold(cx);
+            }
+            let most = buffer.remaining().min(PIECE_BYTES);
+            if !connection.ahead.is_empty() {
+                let mut ahead = mem::take(&mut connection.ahead);
+                let used = connection.pass(&ahead[..ahead.len().min(most)], buffer);
+                ahead.advance(used);
+                connection.ahead = ahead;
+                continue;
+            }
+            let mut bytes = [0; PIECE_BYTES];
+            let mut piece = ReadBuf::new(&mut bytes[..most]);
+            let read = Pin::new(&mut connection.socket).poll_read(cx, &mut piece)?;
+            if read.is_pending() {
+                return connection.poll_late(cx, buffer);
+            }
+            let piece = piece.filled();
+            if piece.is_empty() {
+                return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
+            }
+            let used = connection.pass(piece, buffer);
+            // A shorter piece emptied the socket.
+            connection.parse_first &= used < piece.len() || piece.len() == most;
+            connection.ahead.extend_from_slice(&piece[used..]);
         }
-        if connection.exchange.is_held() {
-            return connection.poll_hold(cx);
-        }
-        if !connection.ahead.is_empty() {
-            let mut ahead = mem::take(&mut connection.ahead);
-            let most = ahead.len().min(buffer.remaining());
-            let length = connection.length_to_give(&ahead[..most]);
-            buffer.put_slice(&ahead.split_to(length));
-            connection.ahead = ahead;
-            return Poll::Ready(Ok(()));
-        }
-        let size = buffer.remaining().min(PIECE_BYTES);
-        let mut piece = ReadBuf::new(buffer.initialize_unfilled_to(size));
-        if Pin::new(&mut connection.socket)
-            .poll_read(cx, &mut piece)?
-            .is_pending()
-        {
-            return connection.poll_late(cx, buffer);
-        }
-        let piece = piece.filled();
-        if piece.is_empty() {
-            return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
-        }
-        let length = connection.length_to_give(piece);
-        // The socket has no more.
-        connection.parse_first &= length < piece.len() || piece.len() == size;
-        connection.ahead.extend_from_slice(&piece[length..]);
-        buffer.advance(length);
         Poll::Ready(Ok(()))
     }
 }

@@ -17,9 +17,11 @@ pub struct Exchange {
     /// The requests that have begun.
     begun: Cell<u64>,
     is_serving: Cell<bool>,
-    /// How many bytes of the body have not been read. `None`: the body is in chunks.
-    body_left: Cell<Option<usize>>,
-    /// Whether somebody waits for the chunks.
+    /// How many bytes of the body have not been read, unless it is in chunks.
+    body_left: Cell<usize>,
+    /// Whether the body is in chunks and has not been read to its end.
+    is_in_chunks: Cell<bool>,
+    /// Whether a handler reads the body.
     is_receiving: Cell<bool>,
     /// The connection that holds back what the client sent ahead.
     held: Cell<Option<Waker>>,
@@ -40,20 +42,28 @@ impl Exchange {
         self.is_serving.get()
     }
 
+    pub fn is_in_chunks(&self) -> bool {
+        self.is_in_chunks.get()
+    }
+
     /// Whether nothing may be read now.
     pub fn is_held(&self) -> bool {
-        let all_is_read = match self.body_left.get() {
-            Some(left) => left == 0,
-            None => !self.is_receiving.get(),
+        let all_is_read = if self.is_in_chunks() {
+            !self.is_receiving.get()
+        } else {
+            self.body_left.get() == 0
         };
         self.is_serving() && all_is_read
     }
 
-    /// How many bytes of a body may be read. `None`: nobody knows where the body ends, or a head is read.
+    /// How many bytes of a body may be read. `None`: the end of the body is unknown, or a head is read.
     pub fn take_body(&self, most: usize) -> Option<usize> {
-        let left = self.body_left.get().filter(|_| self.is_serving())?;
+        if !self.is_serving() || self.is_in_chunks() {
+            return None;
+        }
+        let left = self.body_left.get();
         let length = left.min(most);
-        self.body_left.set(Some(left - length));
+        self.body_left.set(left - length);
         Some(length)
     }
 
@@ -80,13 +90,9 @@ impl Serving {
         exchange.is_serving.set(true);
         let length = request.headers().get(header::CONTENT_LENGTH);
         let length = length.and_then(|length| length.to_str().ok()?.parse().ok());
+        exchange.body_left.set(length.unwrap_or(0));
         let in_chunks = request.headers().contains_key(header::TRANSFER_ENCODING);
-        let length = if in_chunks {
-            None
-        } else {
-            Some(length.unwrap_or(0))
-        };
-        exchange.body_left.set(length);
+        exchange.is_in_chunks.set(in_chunks);
         Some(Self(exchange))
     }
 }
@@ -104,6 +110,11 @@ impl Receiving {
         exchange.is_receiving.set(true);
         exchange.release();
         Some(Self(exchange))
+    }
+
+    /// The body has ended.
+    pub fn complete(self) {
+        self.0.is_in_chunks.set(false);
     }
 }
 

@@ -137,9 +137,13 @@ impl Monitor {
                 suspect: false,
                 refusal,
             },
-            (Err(ProbeError { text, wal, .. }), before) => {
+            (Err(ProbeError { text, is_up, wal }), before) => {
                 let lag = wal.map(|wal| self.lag(server, wal));
-                let reason = Reason { text, lag };
+                let reason = Reason {
+                    text,
+                    lag,
+                    is_refusal: is_up,
+                };
                 let since = match before {
                     State::Up { .. } => Some(Instant::now()),
                     State::Missing { since, .. } => Some(since),

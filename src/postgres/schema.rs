@@ -41,7 +41,7 @@ pub async fn check(pool: &Pool) -> Result<Option<String>, String> {
 async fn applied(pool: &Pool) -> Result<Vec<(i32, String, String)>, String> {
     let unreachable = |error: Error| {
         format!(
-            "cannot connect to the database: {error}: check that it runs, and the host, port, user and password in DATABASE_URL"
+            "cannot connect to the database: {error}: check that the server runs, and the host, port, user, password and database in DATABASE_URL"
         )
     };
     pool.available().await.map_err(unreachable)?;

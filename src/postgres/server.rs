@@ -57,6 +57,8 @@ pub struct Reason {
     pub text: String,
     /// Set if the server answers but is not of the kind that its URL asks for.
     pub lag: Option<Duration>,
+    /// Whether the server answered and refused the session.
+    pub is_refusal: bool,
 }
 
 /// The current server for a role: the primary, which changes at a failover, or one replica.
@@ -96,6 +98,9 @@ impl Display for State {
             Self::Missing { reason, .. } | Self::Down { reason } if reason.lag.is_some() => {
                 f.write_str(&reason.text)?;
             }
+            Self::Missing { reason, .. } | Self::Down { reason } if reason.is_refusal => {
+                write!(f, "refuses sessions: {}", reason.text)?;
+            }
             Self::Missing { reason, .. } | Self::Down { reason } => {
                 write!(f, "is down: {}", reason.text)?;
             }
@@ -130,6 +135,7 @@ impl Server {
         let reason = Reason {
             text: "not probed yet".to_owned(),
             lag: None,
+            is_refusal: false,
         };
         Arc::new(Self {
             name: address(config),
