@@ -21,7 +21,7 @@ comment on column public.idempotency_key.key is
 comment on column public.idempotency_key.body_sha256 is
     'SHA-256 of the body. With another body, the key is refused.';
 comment on column public.idempotency_key.listing_id is
-    'The listing, which may be deleted since.';
+    'The listing, which may be deleted since. Do not give its id to another listing.';
 comment on column public.idempotency_key.created_at is
     'When the listing was made.';
 

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, BufReader, Read, Write};
+use std::mem;
 use std::net::TcpStream;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -195,6 +196,8 @@ struct Events {
     head: String,
     /// The last one.
     id: String,
+    /// The beginning of an event whose end has not arrived.
+    part: String,
 }
 
 struct Event {
@@ -216,6 +219,7 @@ impl Events {
             stream: BufReader::new(stream),
             head: String::new(),
             id: String::new(),
+            part: String::new(),
         };
         while !events.head.ends_with("\r\n\r\n") {
             assert_ne!(
@@ -236,12 +240,15 @@ impl Events {
         let mut chunk = vec![0; size + 2];
         self.stream.read_exact(&mut chunk).expect("a chunk");
         chunk.truncate(size);
-        let chunk = String::from_utf8(chunk).expect("UTF-8");
-        let mut ids = chunk.lines().filter_map(|line| line.strip_prefix("id: "));
+        self.part += &String::from_utf8(chunk).expect("UTF-8");
+        let end = self.part.rfind("\n\n").map_or(0, |end| end + 2);
+        let rest = self.part.split_off(end);
+        let whole = mem::replace(&mut self.part, rest);
+        let mut ids = whole.lines().filter_map(|line| line.strip_prefix("id: "));
         if let Some(last) = ids.next_back() {
             last.clone_into(&mut self.id);
         }
-        (size > 0).then_some(chunk)
+        (size > 0).then_some(whole)
     }
 
     /// The events of the next chunk that has any. `None` at the end of the stream.
@@ -249,11 +256,7 @@ impl Events {
         loop {
             let chunk = self.chunk()?;
             let mut events = Vec::new();
-            for block in chunk
-                .strip_suffix("\n\n")
-                .expect("whole events")
-                .split("\n\n")
-            {
+            for block in chunk.split_terminator("\n\n") {
                 let (mut kind, mut data) = (String::new(), Value::Null);
                 for line in block.lines() {
                     match line.split_once(": ").expect("a field") {
@@ -400,6 +403,60 @@ async fn a_stop_ends_streams_and_answers_waiting_requests() {
     assert!(events.next().is_none());
     assert_eq!(service.wait(), Some(0));
     assert!(begun.elapsed() < TWO_SECONDS, "{:?}", begun.elapsed());
+}
+
+#[tokio::test]
+async fn a_stop_ends_a_stream_that_is_behind() {
+    let mut service = Service::start().await;
+    run(service.superuser(), &insert_listings(1, 100_000)).await;
+    let mut events = Events::open(&service, "/changes", "");
+    events.ids(1);
+    service.signal("-TERM");
+    let begun = Instant::now();
+    while events.next().is_some() {}
+    assert_eq!(service.wait(), Some(0));
+    assert!(
+        begun.elapsed() < Duration::from_secs(5),
+        "{:?}",
+        begun.elapsed()
+    );
+}
+
+#[tokio::test]
+async fn a_change_that_commits_while_a_stream_opens_is_delivered() {
+    let service = Service::start().await;
+    service.post(LOFT);
+    // Keeps the poll running.
+    let _keeper = Events::open(&service, "/changes?after=now", "");
+    for price in 1..=5 {
+        let path = next(&service.get("/changes?after=now"));
+        thread::scope(|scope| {
+            let stream = || Events::open(&service, &path, "").ids(1);
+            let streams: Vec<_> = (0..40).map(|_| scope.spawn(stream)).collect();
+            service.patch("/listings/1", &format!("{{\"latest_price_eur\":{price}}}"));
+            let mut ids = streams.into_iter().map(|ids| ids.join().expect("a change"));
+            let first = ids.next();
+            assert!(ids.all(|other| Some(other) == first));
+        });
+    }
+}
+
+#[tokio::test]
+async fn a_large_transaction_reaches_every_stream() {
+    const CHANGES: i32 = 3000;
+    let service = Service::start().await;
+    run(service.superuser(), &insert_listings(1, CHANGES)).await;
+    let mut streams: Vec<_> = (0..100)
+        .map(|_| Events::open(&service, "/changes?after=now", ""))
+        .collect();
+    for events in &mut streams {
+        events.chunk();
+    }
+    run(service.superuser(), "update listing set price = price + 1").await;
+    let count = usize::try_from(CHANGES).expect("a count");
+    for events in &mut streams {
+        assert_eq!(events.ids(count).len(), count);
+    }
 }
 
 #[tokio::test]

@@ -327,6 +327,18 @@ async fn a_locked_table_fails_the_check_and_does_not_stop_the_start() {
     );
     let service = Service::start_at(&url, &limit);
     assert_eq!(service.logged(sentence).len(), 1);
+    drop(service);
+    // What PostgreSQL has refused before still prevents the start.
+    run(
+        &db.superuser,
+        "commit; alter table listing rename rooms_count to rooms",
+    )
+    .await;
+    run(&db.superuser, "begin; lock table listing_price_log").await;
+    let mut command = command(&url);
+    command.envs(limit);
+    let refused = printed(&command.output().expect("run the program"));
+    assert!(refused.contains("refuses GET /listings"), "{refused}");
 }
 
 #[tokio::test]
@@ -405,6 +417,7 @@ async fn a_primary_that_is_read_only_fails_the_check() {
 async fn a_database_that_cannot_be_reached_is_reported_without_secrets() {
     let db = Database::migrated().await;
     let url = db.service_url().await;
+    let (login, address) = url.rsplit_once('@').expect("user:password@address");
     for (url, reason) in [
         (
             url.replace(":secret@", ":hidden@"),
@@ -415,7 +428,10 @@ async fn a_database_that_cannot_be_reached_is_reported_without_secrets() {
             "is down: error connecting to server: Connection refused",
         ),
         (
-            url.replace(&format!("/{}", db.name), "/listing_test_nowhere"),
+            format!(
+                "{login}@{}",
+                address.replace(&db.name, "listing_test_nowhere")
+            ),
             "refuses sessions: db error: FATAL: database \"listing_test_nowhere\" does not exist",
         ),
     ] {

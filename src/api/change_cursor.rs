@@ -23,7 +23,7 @@ pub struct Snapshot {
     pub running: Vec<Xid>,
 }
 
-/// Where in which life of the database a snapshot was taken.
+/// The server, database and timeline of a snapshot, and its position in the write-ahead log.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Epoch {
     /// A hash of server, database, table and the last `restart_change_feed()`.

@@ -15,33 +15,39 @@ use tokio::sync::Notify;
 use tokio::sync::broadcast::{self, Receiver};
 use tokio_postgres::Row;
 
-use super::change_cursor::{Cursor, Epoch, Snapshot, Xid};
+use super::change_cursor::{Cursor, Epoch, Xid};
 use super::change_page::{Head, MAX_PAGE, Page};
 use crate::http::error::ApiError;
 use crate::postgres::{Cluster, Error, Parameters};
 
-/// What became visible between two polls.
+/// A page of what became visible between two polls.
 pub struct Tick {
-    from: Snapshot,
-    pub head: Head,
-    /// `None`: more changes than a page, or the first poll.
+    /// Where the page begins.
+    from: Cursor,
+    head: Head,
+    /// `None` for the first poll, and for the rest of a batch that is too large to be shared.
     page: Option<Arc<Page>>,
 }
 
 impl Tick {
-    /// The page after a cursor that is not in a batch. Shared by the listeners whose cursor is where the tick begins.
+    /// The page, if it begins at this cursor.
+    pub fn shared(&self, cursor: &Cursor) -> Option<Arc<Page>> {
+        let place = |cursor: &Cursor| (cursor.seen.clone(), cursor.batch.clone());
+        self.page
+            .clone()
+            .filter(|_| place(cursor) == place(&self.from))
+    }
+
+    /// The page after any other cursor.
     pub async fn page(
         &self,
         read: impl AsyncFn(&str, Parameters) -> Result<Vec<Row>, Error>,
         cursor: &Cursor,
         limit: i64,
     ) -> Result<Arc<Page>, ApiError> {
-        match &self.page {
-            Some(page) if cursor.seen.as_ref() == Some(&self.from) => Ok(page.clone()),
-            _ => Page::read(read, cursor, &self.head, limit)
-                .await
-                .map(Arc::new),
-        }
+        Page::read(read, cursor, &self.head, limit)
+            .await
+            .map(Arc::new)
     }
 }
 
@@ -57,7 +63,8 @@ pub struct Feed {
 
 #[derive(Default)]
 struct State {
-    last: Option<Arc<Tick>>,
+    /// The head of the last poll.
+    last: Option<Head>,
     polled_at: Option<Instant>,
     /// The transactions that hold changes back, and when each was first seen.
     running: BTreeMap<Xid, Instant>,
@@ -68,8 +75,11 @@ struct State {
 
 const INTERVAL: Duration = Duration::from_millis(250);
 
+/// The most pages of one poll that are shared. Listeners read the rest by themselves.
+const MAX_SHARED: usize = 20;
+
 /// Ticks that a listener may be late before it reads pages by itself.
-const MAX_LATE: usize = 16;
+const MAX_LATE: usize = 32;
 
 impl Feed {
     /// Polls in the background, on the calling thread. Registers the metrics.
@@ -92,12 +102,7 @@ impl Feed {
                 continue;
             }
             match self.poll(&cluster).await {
-                Ok(None) => (),
-                Ok(Some(tick)) => {
-                    self.state().last = Some(tick.clone());
-                    // It fails if the last listener has just left.
-                    let _ = self.ticks.send(Some(tick));
-                }
+                Ok(()) => (),
                 Err(error) => {
                     log::warn!(
                         "the poll of the change feed failed, so its listeners are disconnected: {error}"
@@ -117,40 +122,49 @@ impl Feed {
         state.running.clear();
     }
 
-    /// `None`: no transaction has ended since the last poll.
-    async fn poll(&self, cluster: &Cluster) -> Result<Option<Arc<Tick>>, ApiError> {
+    /// Sends what has become visible since the last poll.
+    async fn poll(&self, cluster: &Cluster) -> Result<(), ApiError> {
         let read = async |sql: &str, values: Parameters<'_>| cluster.read(sql, values).await;
         let head = Head::read(read).await?;
         self.remember_promotion(&head);
         let Some(last) = self.state().last.clone() else {
-            self.polled(&head.snapshot);
-            let from = head.snapshot.clone();
-            return Ok(Some(Arc::new(Tick {
-                from,
-                head,
-                page: None,
-            })));
+            self.send(head.cursor(), &head, None);
+            self.polled(head);
+            return Ok(());
         };
-        if !last.head.epoch.is_same_life(&head.epoch) {
-            return Err(Error::unavailable("the primary has changed").into());
+        if !last.epoch.is_same_life(&head.epoch) {
+            let cause = "the primary or the epoch of the feed has changed";
+            return Err(Error::unavailable(cause).into());
         }
-        if last.head.snapshot == head.snapshot {
-            self.polled(&head.snapshot);
-            return Ok(None);
+        if last.snapshot != head.snapshot {
+            let mut cursor = last.cursor();
+            for _ in 0..MAX_SHARED {
+                let page = Arc::new(Page::read(read, &cursor, &head, MAX_PAGE).await?);
+                let next = page.next.clone();
+                self.send(cursor, &head, Some(page));
+                cursor = next;
+                if cursor.batch.is_none() {
+                    break;
+                }
+            }
+            if cursor.batch.is_some() {
+                self.send(cursor, &head, None);
+            }
         }
-        let page = Page::read(read, &last.head.cursor(), &head, MAX_PAGE).await?;
-        self.polled(&head.snapshot);
-        let is_whole = page.next.batch.is_none();
-        Ok(Some(Arc::new(Tick {
-            from: last.head.snapshot.clone(),
-            head,
-            page: is_whole.then(|| Arc::new(page)),
-        })))
+        self.polled(head);
+        Ok(())
     }
 
-    fn polled(&self, snapshot: &Snapshot) {
+    fn send(&self, from: Cursor, head: &Head, page: Option<Arc<Page>>) {
+        let head = head.clone();
+        // It fails if the last listener has just left.
+        let _ = self.ticks.send(Some(Arc::new(Tick { from, head, page })));
+    }
+
+    fn polled(&self, head: Head) {
         let now = Instant::now();
         let state = &mut *self.state();
+        let snapshot = &head.snapshot;
         state.polled_at = Some(now);
         state
             .running
@@ -158,6 +172,7 @@ impl Feed {
         for xid in &snapshot.running {
             state.running.entry(*xid).or_insert(now);
         }
+        state.last = Some(head);
     }
 
     /// Listens from now on. `None`: the service stops.
@@ -180,7 +195,7 @@ impl Feed {
     /// Whether a cursor is where the last poll ended.
     pub fn is_head(&self, cursor: &Cursor) -> bool {
         let last = self.state().last.clone();
-        last.is_some_and(|last| last.head.cursor() == *cursor)
+        last.is_some_and(|last| last.cursor() == *cursor)
     }
 
     /// Whether everything that a cursor has seen is still in the database.

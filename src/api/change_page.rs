@@ -86,6 +86,7 @@ pub fn statements() -> impl Iterator<Item = (&'static str, String)> {
 }
 
 /// The newest changes that can be read.
+#[derive(Clone)]
 pub struct Head {
     pub snapshot: Snapshot,
     pub epoch: Epoch,
@@ -223,7 +224,7 @@ impl Page {
                 let (first, last) = between(seen, &position.until);
                 let values: Parameters = &[&first, &last, &listing_id, &id, &limit];
                 let rows = read(SELECT_SORTED, values).await?;
-                // Transactions that were running can have added rows since the first page of the batch.
+                // The first page of a batch shows its size.
                 (number(rows.first().ok_or_else(is_standby)?)? <= MAX_SORTED).then_some(rows)
             }
             _ => None,
@@ -320,7 +321,6 @@ fn number(row: &Row) -> Result<i64, ApiError> {
 /// The first and last transactions of each range that one snapshot sees and an older one does not.
 fn between(seen: &Snapshot, until: &Snapshot) -> (Vec<Xid>, Vec<Xid>) {
     let mut first = until.ended_since(seen);
-    first.retain(|xid| *xid < until.end);
     let mut last = first.clone();
     let mut start = seen.end;
     for end in until

@@ -14,7 +14,7 @@ use tokio::time::{Instant, timeout_at};
 use tokio_postgres::Row;
 
 use super::change_cursor::Cursor;
-use super::change_feed::{Feed, Ticks};
+use super::change_feed::{Feed, Tick, Ticks};
 use super::change_page::{Change, Head, MAX_PAGE, Page};
 use crate::http::error::ApiError;
 use crate::http::query::Query;
@@ -66,7 +66,7 @@ async fn respond_with_events(
     start: Start,
 ) -> Result<HttpResponse, ApiError> {
     // Read before the response starts, so that a failure still has a status.
-    let (cursor, head) = reader.open(start).await?;
+    let (cursor, _) = reader.open(start).await?;
     let mut response = HttpResponse::Ok();
     response
         .insert_header((header::CACHE_CONTROL, "no-store"))
@@ -81,9 +81,9 @@ async fn respond_with_events(
     let events = Events {
         reader,
         cursor,
-        head: Some(head),
         ticks: None,
         keep_alive_at: Instant::now(),
+        rest: Bytes::new(),
     };
     let id = request_id::of(request.headers());
     let chunks = stream::try_unfold(events, async |mut events| {
@@ -174,24 +174,13 @@ impl Reader {
         Page::read(query, cursor, head, self.limit).await
     }
 
-    /// The page up to the next tick. `None`: the feed ends.
-    async fn follow(
-        &self,
-        cursor: &Cursor,
-        ticks: &mut Ticks,
-    ) -> Result<Option<Arc<Page>>, ApiError> {
-        loop {
-            match ticks.recv().await {
-                Ok(Some(tick)) => {
-                    let query =
-                        async |sql: &str, values: Parameters<'_>| self.query(sql, values).await;
-                    return tick.page(query, cursor, self.limit).await.map(Some);
-                }
-                Ok(None) | Err(RecvError::Closed) => return Ok(None),
-                // The next tick does not begin at the cursor, so the page up to it is read.
-                Err(RecvError::Lagged(_)) => (),
-            }
+    /// The page of a tick after a cursor, and whether it is shared.
+    async fn page_of(&self, tick: &Tick, cursor: &Cursor) -> Result<(Arc<Page>, bool), ApiError> {
+        if let Some(page) = tick.shared(cursor) {
+            return Ok((page, true));
         }
+        let query = async |sql: &str, values: Parameters<'_>| self.query(sql, values).await;
+        Ok((tick.page(query, cursor, self.limit).await?, false))
     }
 
     /// A page as JSON. If there is nothing yet, waits for the next change.
@@ -220,12 +209,10 @@ impl Reader {
             }
         };
         while let Some(ticks) = &mut ticks {
-            let Ok(page) = timeout_at(until, self.follow(&cursor, ticks)).await else {
+            let Ok(Some(tick)) = timeout_at(until, next(ticks)).await else {
                 break;
             };
-            let Some(page) = page? else {
-                break;
-            };
+            let (page, _) = self.page_of(&tick, &cursor).await?;
             let (changes, next) = page.first(self.limit);
             if !changes.is_empty() || next.batch.is_some() {
                 return Ok((array(changes), next));
@@ -233,6 +220,18 @@ impl Reader {
             cursor = next;
         }
         Ok((array(&[]), cursor))
+    }
+}
+
+/// The next tick. `None`: the feed ends.
+async fn next(ticks: &mut Ticks) -> Option<Arc<Tick>> {
+    loop {
+        match ticks.recv().await {
+            Ok(tick) => return tick,
+            Err(RecvError::Closed) => return None,
+            // The page of the next tick does not begin at the cursor, so another one is read.
+            Err(RecvError::Lagged(_)) => (),
+        }
     }
 }
 
@@ -245,42 +244,57 @@ fn array(changes: &[Change]) -> Vec<u8> {
 struct Events {
     reader: Reader,
     cursor: Cursor,
-    /// The head that was read before the response started.
-    head: Option<Head>,
-    /// Set while the client is at the head.
+    /// Set while the client follows the poll. Otherwise it reads pages by itself.
     ticks: Option<Ticks>,
     keep_alive_at: Instant,
+    /// What was not sent yet.
+    rest: Bytes,
 }
+
+/// Each connection has a copy of the chunk that it sends. A chunk has whole events.
+const CHUNK_BYTES: usize = 16 * 1024;
 
 impl Events {
     /// The next chunk of the response. `None`: the response ends.
     async fn next(&mut self) -> Result<Option<Bytes>, ApiError> {
-        let chunk = self.next_chunk().await;
-        self.keep_alive_at = Instant::now() + EVENTS_KEEP_ALIVE;
-        chunk
+        if self.rest.is_empty() {
+            match self.next_events().await? {
+                Some(events) => self.rest = events,
+                None => return Ok(None),
+            }
+            self.keep_alive_at = Instant::now() + EVENTS_KEEP_ALIVE;
+        }
+        let most = self.rest.len().min(CHUNK_BYTES);
+        let end = self.rest[..most].windows(2).rposition(|end| end == b"\n\n");
+        let length = end.map_or(most, |end| end + 2);
+        Ok(Some(self.rest.split_to(length)))
     }
 
-    async fn next_chunk(&mut self) -> Result<Option<Bytes>, ApiError> {
+    async fn next_events(&mut self) -> Result<Option<Bytes>, ApiError> {
         loop {
             let page = if let Some(ticks) = &mut self.ticks {
-                match timeout_at(self.keep_alive_at, self.reader.follow(&self.cursor, ticks)).await
-                {
-                    Ok(Ok(Some(page))) => page,
-                    Ok(Ok(None)) => return Ok(None),
-                    Ok(Err(error)) => return Err(error),
-                    Err(_) => return Ok(Some(self.id())),
-                }
-            } else {
-                let (cursor, head) = match self.head.take() {
-                    Some(head) => (self.cursor.clone(), head),
-                    None => self.reader.open(Start::After(self.cursor.clone())).await?,
+                let Ok(tick) = timeout_at(self.keep_alive_at, next(ticks)).await else {
+                    return Ok(Some(self.id()));
                 };
+                let Some(tick) = tick else {
+                    return Ok(None);
+                };
+                let (page, is_shared) = self.reader.page_of(&tick, &self.cursor).await?;
+                // The next tick has the rest of a batch only if this one had the beginning.
+                if page.next.batch.is_some() && !is_shared {
+                    self.ticks = None;
+                }
+                page
+            } else {
+                // Joins first, so that no tick is missed.
+                let Some(ticks) = self.reader.feed.join() else {
+                    return Ok(None);
+                };
+                let start = Start::After(self.cursor.clone());
+                let (cursor, head) = self.reader.open(start).await?;
                 let page = self.reader.page(&cursor, &head).await?;
                 if page.changes.is_empty() && page.next.batch.is_none() {
-                    self.ticks = self.reader.feed.join();
-                    if self.ticks.is_none() {
-                        return Ok(None);
-                    }
+                    self.ticks = Some(ticks);
                     self.cursor = page.next;
                     // A client that has received no change yet can resume here too.
                     return Ok(Some(self.id()));
@@ -288,9 +302,6 @@ impl Events {
                 Arc::new(page)
             };
             self.cursor = page.next.clone();
-            if self.cursor.batch.is_some() {
-                self.ticks = None;
-            }
             if !page.changes.is_empty() {
                 return Ok(Some(page.events()));
             }

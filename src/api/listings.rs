@@ -180,7 +180,10 @@ pub async fn create(
     let hash = Sha256::digest(&body).to_vec();
     let key_and_hash: Parameters = &[&key, &hash];
     let values = [&values, key_and_hash].concat();
-    let duplicate = match database.write_repeatably(INSERT_ONCE, &values).await {
+    // Repetitions wait for each other before they take a connection. No listing has a negative id.
+    let queue = i32::from_be_bytes([hash[0], hash[1], hash[2], hash[3]]) | i32::MIN;
+    let inserted = database.write_repeatably(queue, INSERT_ONCE, &values);
+    let duplicate = match inserted.await {
         Err(error) if error.kind == ErrorKind::Duplicate => error,
         inserted => return created(&inserted?),
     };

@@ -230,10 +230,13 @@ impl Database {
     /// The same for a statement that changes nothing if it has been done before. It is sent again if its answer is lost.
     pub async fn write_repeatably(
         &self,
+        row: i32,
         sql: &str,
         parameters: Parameters<'_>,
     ) -> Result<Vec<Row>, Error> {
-        self.pools.primary.write_repeatably(sql, parameters).await
+        let lock = Some(Arc::new(self.rows.lock(row).await?));
+        let primary = &self.pools.primary;
+        primary.write_repeatably(sql, parameters, lock).await
     }
 
     /// A batched read from replicas and primary. `sql` takes an array of keys and returns rows whose first column is their key.

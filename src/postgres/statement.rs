@@ -66,8 +66,9 @@ impl Pool {
         &self,
         sql: &str,
         parameters: Parameters<'_>,
+        lock: Option<Arc<RowLock>>,
     ) -> Result<Vec<Row>, Error> {
-        self.run(sql, parameters, Access::RepeatableWrite, None)
+        self.run(sql, parameters, Access::RepeatableWrite, lock)
             .await
     }
 

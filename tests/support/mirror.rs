@@ -37,7 +37,7 @@ impl Mirror {
             let is_last = ended.load(Ordering::Relaxed);
             let instance = self.instances[turn % self.instances.len()].clone();
             let read = if self.by_events {
-                self.read_events(&instance)
+                self.read_events(&instance, is_last)
             } else {
                 self.read_page(&instance)
             };
@@ -73,8 +73,8 @@ impl Mirror {
         Ok(changes.is_empty())
     }
 
-    /// Ends without an error at the first id without a change, which says that there is nothing more yet.
-    fn read_events(&mut self, instance: &str) -> io::Result<bool> {
+    /// The last time, ends at the first id without a change, which says that there is nothing more.
+    fn read_events(&mut self, instance: &str, is_last: bool) -> io::Result<bool> {
         let mut stream = TcpStream::connect(instance)?;
         stream.set_read_timeout(Some(Duration::from_secs(5)))?;
         let after = self
@@ -100,7 +100,8 @@ impl Mirror {
                 self.cursor = id.take();
                 match change.take() {
                     Some(change) => self.receive(&change),
-                    None => return Ok(true),
+                    None if is_last => return Ok(true),
+                    None => (),
                 }
             }
         }
