@@ -232,21 +232,30 @@ for _ in $(seq 50); do
 done | median_of 'at the head'
 
 # Writers without listeners and with 100 of them, in turn. Each listener gets every change.
-: > "$scratch/rounds"
-for round in $(seq "$rounds"); do
-    sql "$bench" -c 'vacuum listing' -c checkpoint
-    without=$(measure reprice 32 pgbench)
+with_listeners() {
     listeners=
     for _ in $(seq 100); do
         curl --silent --no-buffer --output /dev/null --header 'Accept: text/event-stream' "$api/changes?after=now" &
         listeners="$listeners $!"
     done
     sleep 1
-    with=$(measure reprice 32 pgbench)
+    measure reprice 32 pgbench
     for listener in $listeners; do { kill "$listener" && wait "$listener"; } 2>/dev/null || true; done
-    echo "$without $with" | awk '{ print $2 / $1 }' >> "$scratch/rounds"
-done
-{ echo; echo "Writers beside 100 listeners, as a ratio to writers alone: $(median < "$scratch/rounds" | cut -c1-4)."; } | tee -a $result
+}
+# ratio LABEL COMMAND COMMAND: prints the median of the second as a ratio to the first. Both run in turn.
+ratio() {
+    : > "$scratch/rounds"
+    for round in $(seq "$rounds"); do
+        sql "$bench" -c 'vacuum listing' -c checkpoint
+        [ $((round % 2)) = 1 ] || second=$($3)
+        first=$($2)
+        [ $((round % 2)) = 0 ] || second=$($3)
+        echo "${first%% *} ${second%% *}" | awk '{ print $2 / $1 }' >> "$scratch/rounds"
+    done
+    { echo; echo "$1: $(median < "$scratch/rounds" | cut -c1-5)."; } | tee -a $result
+}
+ratio 'Writers beside 100 listeners, as a ratio to writers alone' 'measure reprice 32 pgbench' with_listeners
+ratio 'POST with an Idempotency-Key, as a ratio to POST' 'measure create 32 wrk' 'measure keyed 32 wrk'
 
 list() { curl --silent --fail --output /dev/null --write-out '%{speed_download}' $api/listings; }
 : > "$scratch/rounds"
