@@ -286,7 +286,6 @@ fn option_at_fault(url: &str, error: &tokio_postgres::Error) -> String {
 
 /// Whether every host is this machine.
 fn is_local(config: &Config) -> bool {
-    let is_loopback = |address: &IpAddr| address.to_canonical().is_loopback();
     let is_local = |host: &Host| match host {
         Host::Tcp(name) => {
             name == "localhost" || name.parse().is_ok_and(|address| is_loopback(&address))
@@ -313,7 +312,7 @@ fn auth(listen: SocketAddr) -> Result<AuthMode> {
     match value("AUTH")?.as_deref() {
         Some("keys") => Ok(AuthMode::Keys),
         Some("off") => Ok(AuthMode::Off),
-        None if is_loopback(listen) => Ok(AuthMode::Off),
+        None if is_loopback(&listen.ip()) => Ok(AuthMode::Off),
         None => bail!(
             "AUTH is not set, but LISTEN_ADDR={listen} can be reached from other machines: {CHOICES}"
         ),
@@ -321,8 +320,8 @@ fn auth(listen: SocketAddr) -> Result<AuthMode> {
     }
 }
 
-fn is_loopback(address: SocketAddr) -> bool {
-    address.ip().to_canonical().is_loopback()
+fn is_loopback(address: &IpAddr) -> bool {
+    address.to_canonical().is_loopback()
 }
 
 fn cors_origins() -> Result<Vec<String>> {

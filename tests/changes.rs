@@ -394,7 +394,9 @@ async fn a_stop_ends_streams_and_answers_waiting_requests() {
     let mut waiting = service.connect();
     waiting.request("GET", path, "", "");
     events.chunk();
-    thread::sleep(Duration::from_millis(500));
+    within(TWO_SECONDS, "two listeners", || {
+        metric(&service, "change_feed_listeners ") == "2"
+    });
     let begun = Instant::now();
     service.signal("-TERM");
     let page = waiting.receive("GET", path);

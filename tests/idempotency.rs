@@ -6,7 +6,7 @@ use std::thread;
 use std::time::Duration;
 
 use crate::support::{
-    Cluster, Connection, JSON, LOFT, Link, Response, Service, TWO_SECONDS, bearer,
+    Cluster, Connection, JSON, LOFT, Link, Response, Service, TWO_SECONDS, WAITING, bearer,
     create_administrator_key, create_key, refusal, run, through, value, within,
 };
 
@@ -155,6 +155,33 @@ async fn a_post_with_a_key_is_sent_again_if_its_answer_is_lost() {
     assert_eq!(response.status, 201);
     assert_eq!(response.header("idempotent-replayed"), Some("true"));
     assert_eq!(value(&db, LISTINGS).await, "2");
+}
+
+#[tokio::test]
+async fn repetitions_of_a_key_that_wait_leave_connections_for_others() {
+    let settings = [
+        ("WORKERS", "1"),
+        ("POOL_SIZE", "3"),
+        ("POOL_WAIT_MS", "20000"),
+    ];
+    let service = Service::start_with(&settings).await;
+    let taken =
+        "begin; insert into idempotency_key (key, body_sha256, listing_id) values ('a', '', 1)";
+    run(service.superuser(), taken).await;
+    let mut repetitions: Vec<_> = (0..10).map(|_| service.connect()).collect();
+    for client in &mut repetitions {
+        client.request("POST", "/listings", &keyed("a"), LOFT);
+    }
+    service.db().wait_for(WAITING, "1").await;
+    for _ in 0..5 {
+        assert_eq!(service.get("/listings?limit=1").status, 200);
+        assert_eq!(service.post(LOFT).status, 201);
+    }
+    run(service.superuser(), "rollback").await;
+    let ids = repetitions
+        .iter_mut()
+        .map(|client| client.receive("POST", "/listings").id());
+    assert_eq!(ids.collect::<BTreeSet<_>>().len(), 1);
 }
 
 #[tokio::test]

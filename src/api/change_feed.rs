@@ -13,7 +13,6 @@ use prometheus::proto::MetricFamily;
 use prometheus::{Gauge, register};
 use tokio::sync::Notify;
 use tokio::sync::broadcast::{self, Receiver};
-use tokio_postgres::Row;
 
 use super::change_cursor::{Cursor, Epoch, Xid};
 use super::change_page::{Head, MAX_PAGE, Page};
@@ -24,30 +23,16 @@ use crate::postgres::{Cluster, Error, Parameters};
 pub struct Tick {
     /// Where the page begins.
     from: Cursor,
-    head: Head,
+    pub head: Head,
     /// `None` for the first poll, and for the rest of a batch that is too large to be shared.
     page: Option<Arc<Page>>,
 }
 
 impl Tick {
     /// The page, if it begins at this cursor.
-    pub fn shared(&self, cursor: &Cursor) -> Option<Arc<Page>> {
-        let place = |cursor: &Cursor| (cursor.seen.clone(), cursor.batch.clone());
-        self.page
-            .clone()
-            .filter(|_| place(cursor) == place(&self.from))
-    }
-
-    /// The page after any other cursor.
-    pub async fn page(
-        &self,
-        read: impl AsyncFn(&str, Parameters) -> Result<Vec<Row>, Error>,
-        cursor: &Cursor,
-        limit: i64,
-    ) -> Result<Arc<Page>, ApiError> {
-        Page::read(read, cursor, &self.head, limit)
-            .await
-            .map(Arc::new)
+    pub fn page(&self, cursor: &Cursor) -> Option<Arc<Page>> {
+        let begins = cursor.seen == self.from.seen && cursor.batch == self.from.batch;
+        self.page.clone().filter(|_| begins)
     }
 }
 

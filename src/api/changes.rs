@@ -176,11 +176,10 @@ impl Reader {
 
     /// The page of a tick after a cursor, and whether it is shared.
     async fn page_of(&self, tick: &Tick, cursor: &Cursor) -> Result<(Arc<Page>, bool), ApiError> {
-        if let Some(page) = tick.shared(cursor) {
-            return Ok((page, true));
+        match tick.page(cursor) {
+            Some(page) => Ok((page, true)),
+            None => Ok((Arc::new(self.page(cursor, &tick.head).await?), false)),
         }
-        let query = async |sql: &str, values: Parameters<'_>| self.query(sql, values).await;
-        Ok((tick.page(query, cursor, self.limit).await?, false))
     }
 
     /// A page as JSON. If there is nothing yet, waits for the next change.

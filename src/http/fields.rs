@@ -16,7 +16,20 @@ pub fn parse<T>(
     complete: bool,
     read: impl FnOnce(&mut Object, &mut Problems) -> T,
 ) -> Result<T, ApiError> {
-    // First: raw values may be what JSON forbids, such as 1e400, and an ignored field is looked at nowhere else.
+    let mut problems = Problems::default();
+    let text = std::str::from_utf8(body).ok();
+    let object = text.and_then(|text| Object::of(text, "", complete));
+    let value = object.map(|mut object| {
+        let value = read(&mut object, &mut problems);
+        object.finish(&mut problems);
+        value
+    });
+    match value {
+        Some(value) if problems.0.is_empty() => return Ok(value),
+        Some(_) => (),
+        None => problems.0.push("the body must be an object".to_owned()),
+    }
+    // A body that is not JSON is refused as such, whatever was found in it.
     if let Err(error) = serde_json::from_slice::<serde_json::Value>(body) {
         // Only the position: the library's own message may quote the body.
         let message = format!(
@@ -26,18 +39,7 @@ pub fn parse<T>(
         );
         return Err(ApiError::malformed(message));
     }
-    let text = std::str::from_utf8(body).ok();
-    let Some(mut object) = text.and_then(|text| Object::of(text, "", complete)) else {
-        return Err(ApiError::invalid("the body must be an object"));
-    };
-    let mut problems = Problems::default();
-    let value = read(&mut object, &mut problems);
-    object.finish(&mut problems);
-    if problems.0.is_empty() {
-        Ok(value)
-    } else {
-        Err(ApiError::invalid(problems.0.join("; ")))
-    }
+    Err(ApiError::invalid(problems.0.join("; ")))
 }
 
 /// The problems of a body, each with the path of its field.
@@ -134,12 +136,21 @@ impl<'a> Object<'a> {
 
     /// Drops a field that only the service sets. A client may send it back as it was read.
     pub fn read_only(&mut self, name: &str, problems: &mut Problems) {
-        self.take(name, problems);
+        let value = self.take(name, problems);
+        // A raw value may be what JSON forbids, such as 1e400. The values that are read have rules that refuse it.
+        if value
+            .is_some_and(|value| serde_json::from_str::<serde_json::Value>(value.get()).is_err())
+        {
+            problems.add(self.path, name, "must be JSON");
+        }
     }
 
     /// The id of what the path names, which a client may send back too. A new object has no id yet, so any is ignored.
     pub fn id(&mut self, id: Option<i32>, problems: &mut Problems) {
-        if let (Some(value), Some(id)) = (self.take("id", problems), id) {
+        let Some(id) = id else {
+            return self.read_only("id", problems);
+        };
+        if let Some(value) = self.take("id", problems) {
             let given = number(value.get()).and_then(|number| whole(&number));
             if given != Ok(i64::from(id)) {
                 problems.add(
