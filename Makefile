@@ -12,7 +12,7 @@ SQL_TESTS := capture:: truth:: guard:: roles:: planted:: owners:: problems:: res
 
 .PHONY: help
 help: ## List these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # PG=18 selects a private PostgreSQL 18, beside the one of this checkout.
 ifdef PG
@@ -95,6 +95,10 @@ audit: $(DENY) ## Check the dependencies for known vulnerabilities (needs the ne
 .PHONY: fmt
 fmt: ## Format the Rust
 	@cargo fmt
+
+.PHONY: release-check
+release-check: ## Verify that this checkout can be released: versions, changelog, links
+	@tests/release.sh
 
 .PHONY: clean
 clean: ## Stop and remove the private PostgreSQL, that of PG=18 and those of bench and bridge

@@ -10,14 +10,14 @@ use listing_api::{SETTINGS, Setting};
 
 use crate::support::{Database, Service, create_key, in_checkout, insert_listing, printed, run};
 
-/// README.md and the pages of docs/, by path.
+/// The pages of docs/ and those at the top, by path.
 fn pages() -> BTreeMap<String, String> {
     let docs = fs::read_dir(in_checkout("docs")).into_iter().flatten();
     let names = docs.map(|entry| entry.expect("a folder entry").file_name());
     let pages = names.filter(|name| Path::new(name).extension().is_some_and(|end| end == "md"));
     let paths = pages.map(|name| format!("docs/{}", name.display()));
     paths
-        .chain(["README.md".to_owned()])
+        .chain(["README.md", "CHANGELOG.md", "SECURITY.md"].map(str::to_owned))
         .map(|path| {
             let text = fs::read_to_string(in_checkout(&path)).expect("read a page");
             (path, text)
@@ -218,6 +218,19 @@ fn every_link_leads_to_a_file_and_a_heading() {
                 assert!(there, "{path}: no heading for the link {target}");
             }
         }
+    }
+}
+
+#[test]
+fn the_contract_and_the_changelog_have_the_version_of_the_program() {
+    let version = env!("CARGO_PKG_VERSION");
+    for (path, line) in [
+        ("src/api/openapi.yaml", format!("  version: {version}")),
+        ("CHANGELOG.md", format!("## {version} - ")),
+    ] {
+        let text = fs::read_to_string(in_checkout(path)).expect("read a file");
+        let has_version = text.lines().any(|text| text.starts_with(&line));
+        assert!(has_version, "{path} has no line {line}");
     }
 }
 
