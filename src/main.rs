@@ -5,6 +5,7 @@ mod log_writer;
 use std::process::ExitCode;
 
 use actix_web::rt::System;
+use anyhow::bail;
 use mimalloc::MiMalloc;
 
 #[global_allocator]
@@ -13,11 +14,13 @@ static ALLOCATOR: MiMalloc = MiMalloc;
 const USAGE: &str = "\
 Serves real-estate listings over PostgreSQL, with the price history that the database logs.
 
-Usage: listing-api [--check | --help | --version]
+Usage: listing-api [--check | --health [ready] | --help | --version]
 
-  --check    verify the settings, the database and its schema, then exit: 0 if all is valid, else 1 with the reason
-  --help     print this
-  --version  print the version
+  --check         verify the settings, the database and its schema, then exit: 0 if all is valid, else 1 with the reason
+  --health        ask the running instance at ADMIN_ADDR for /health/live, then exit: 0 if it is alive, else 1 with the reason
+  --health ready  the same for /health/ready
+  --help          print this
+  --version       print the version
 
 Settings are environment variables:
 ";
@@ -28,23 +31,34 @@ fn main() -> ExitCode {
         .map(|argument| argument.to_string_lossy().into_owned())
         .collect();
     let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
-    let check_only = match arguments[..] {
-        [] => false,
-        ["--check"] => true,
-        ["--help"] => {
-            print!("{USAGE}\n{}", listing_api::help());
-            return ExitCode::SUCCESS;
-        }
-        ["--version"] => {
-            println!("listing-api {}", env!("CARGO_PKG_VERSION"));
-            return ExitCode::SUCCESS;
-        }
-        _ => {
-            let arguments = arguments.join(" ");
-            eprintln!("listing-api: unknown arguments {arguments}: see --help");
-            return ExitCode::FAILURE;
-        }
-    };
+    match arguments[..] {
+        [] => run(false),
+        ["--check"] => run(true),
+        _ => match answer(&arguments) {
+            Ok(answer) => {
+                print!("{answer}");
+                ExitCode::SUCCESS
+            }
+            Err(reason) => {
+                eprintln!("listing-api: {reason:#}");
+                ExitCode::FAILURE
+            }
+        },
+    }
+}
+
+/// What the program prints instead of running.
+fn answer(arguments: &[&str]) -> anyhow::Result<String> {
+    match arguments {
+        ["--health"] => listing_api::check_health("live"),
+        ["--health", "ready"] => listing_api::check_health("ready"),
+        ["--help"] => Ok(format!("{USAGE}\n{}", listing_api::help())),
+        ["--version"] => Ok(format!("listing-api {}\n", env!("CARGO_PKG_VERSION"))),
+        _ => bail!("unknown arguments {}: see --help", arguments.join(" ")),
+    }
+}
+
+fn run(check_only: bool) -> ExitCode {
     log_writer::start(listing_api::default_of("RUST_LOG"));
     let ended = System::new().block_on(listing_api::run(check_only));
     if let Err(reason) = &ended {

@@ -125,7 +125,7 @@ impl Settings {
             replica_lag: milliseconds("REPLICA_LAG_MS", 1)?,
             ca_file,
             listen,
-            admin: parsed("ADMIN_ADDR", "an address and a port")?,
+            admin: admin_addr()?,
             auth: auth(listen)?,
             workers,
             // Enough that one locked listing and one long list leave a worker connections.
@@ -139,6 +139,10 @@ impl Settings {
             cors_origins: cors_origins()?,
         })
     }
+}
+
+pub fn admin_addr() -> Result<SocketAddr> {
+    parsed("ADMIN_ADDR", "an address and a port")
 }
 
 /// Empty means not set.

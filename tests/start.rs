@@ -475,6 +475,7 @@ async fn each_argument_prints_its_output() {
         "AUTH",
         "CORS_ORIGINS",
         "--check",
+        "--health ready",
     ] {
         assert!(printed(&help).contains(name), "{name}");
     }
@@ -617,6 +618,59 @@ async fn a_stop_waits_for_requests_in_flight() {
         );
         assert_eq!(service.logged("stopped").len(), 1);
     }
+}
+
+/// The exit code and the output of `--health`, without a DATABASE_URL.
+fn health(admin_address: &str, arguments: &[&str]) -> (Option<i32>, String) {
+    let mut command = command("");
+    command.env_remove("DATABASE_URL").arg("--health");
+    let command = command.args(arguments).env("ADMIN_ADDR", admin_address);
+    let output = command.output().expect("run the program");
+    (output.status.code(), printed(&output))
+}
+
+#[tokio::test]
+async fn the_program_asks_a_running_instance_for_its_health() {
+    for admin in ["127.0.0.1:0", "0.0.0.0:0", "[::]:0"] {
+        let mut service =
+            Service::start_with(&[("ADMIN_ADDR", admin), ("SHUTDOWN_DELAY_MS", "60000")]).await;
+        let admin = service.admin_address.clone();
+        assert_eq!(health(&admin, &[]), (Some(0), "alive\n".to_owned()));
+        let server = service.db().address();
+        let ready = format!("ready\nprimary {server} accepts writes\n");
+        assert_eq!(health(&admin, &["ready"]), (Some(0), ready));
+
+        // Begins to stop.
+        service.signal("-TERM");
+        service.logged("stopping: ");
+        let stopping = format!(
+            "listing-api: http://{admin}/health/ready answers 503: {{\"message\":\"stopping\"}}\n"
+        );
+        within(TWO_SECONDS, "not ready", || {
+            health(&admin, &["ready"]) == (Some(1), stopping.clone())
+        });
+        assert_eq!(health(&admin, &[]), (Some(0), "alive\n".to_owned()));
+        service.signal("-KILL");
+        service.wait();
+        let refused =
+            format!("listing-api: no answer from http://{admin}/health/live: Connection refused");
+        let (code, reason) = health(&admin, &[]);
+        assert!(code == Some(1) && reason.starts_with(&refused), "{reason}");
+    }
+}
+
+#[test]
+fn the_program_waits_only_some_seconds_for_an_instance_that_hangs() {
+    // A listener that accepts connections and never answers.
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").expect("bind a port");
+    let admin = silent.local_addr().expect("local address").to_string();
+    let begun = Instant::now();
+    let late =
+        format!("listing-api: no answer from http://{admin}/health/live: timed out after 3s\n");
+    assert_eq!(health(&admin, &[]), (Some(1), late));
+    assert!(begun.elapsed() < Duration::from_secs(6));
+    let invalid = "listing-api: ADMIN_ADDR=x is invalid: must be an address and a port, such as 127.0.0.1:8081\n";
+    assert_eq!(health("x", &[]), (Some(1), invalid.to_owned()));
 }
 
 #[tokio::test]

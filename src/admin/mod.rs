@@ -1,6 +1,9 @@
 //! The admin listener: health and metrics, for operators.
 
+mod health_check;
 mod metrics;
+
+pub use health_check::check_health;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
