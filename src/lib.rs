@@ -20,6 +20,6 @@ mod service;
 mod settings;
 mod types;
 
-pub use admin::check_health;
+pub use admin::{check_health, version};
 pub use service::run;
 pub use settings::{SETTINGS, Setting, default_of, help};

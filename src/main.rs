@@ -20,7 +20,7 @@ Usage: listing-api [--check | --health [ready] | --help | --version]
   --health        ask the running instance at ADMIN_ADDR for /health/live, then exit: 0 if it is alive, else 1 with the reason
   --health ready  the same for /health/ready
   --help          print this
-  --version       print the version
+  --version       print the version, the commit and the newest migration that were built
 
 Settings are environment variables:
 ";
@@ -53,7 +53,7 @@ fn answer(arguments: &[&str]) -> anyhow::Result<String> {
         ["--health"] => listing_api::check_health("live"),
         ["--health", "ready"] => listing_api::check_health("ready"),
         ["--help"] => Ok(format!("{USAGE}\n{}", listing_api::help())),
-        ["--version"] => Ok(format!("listing-api {}\n", env!("CARGO_PKG_VERSION"))),
+        ["--version"] => Ok(format!("listing-api {}\n", listing_api::version())),
         _ => bail!("unknown arguments {}: see --help", arguments.join(" ")),
     }
 }

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 
 use crate::support::{
-    Cluster, Connection, Database, JSON, LOFT, Service, TWO_SECONDS, WAITING, command, printed,
-    rows, run, value, wait_for, within,
+    Cluster, Connection, Database, JSON, LOFT, Service, TWO_SECONDS, WAITING, command, in_checkout,
+    migration_names, printed, rows, run, succeed, value, wait_for, within,
 };
 
 /// Asserts that the program prints exactly this sentence and ends within 10 s with exit code 1.
@@ -465,6 +465,36 @@ async fn a_database_that_cannot_be_reached_is_reported_without_secrets() {
     );
 }
 
+/// The output of `--version`, which must name a commit of this checkout and the newest migration.
+fn version() -> String {
+    let mut command = command("");
+    let output = command.arg("--version").output().expect("run the program");
+    let version = printed(&output);
+    let (start, rest) = version.split_once(" (commit ").expect("a commit");
+    assert_eq!(
+        start,
+        concat!("listing-api ", env!("CARGO_PKG_VERSION")),
+        "{version}"
+    );
+    let (commit, schema) = rest.split_once(", schema ").expect("a schema");
+    match std::env::var("GIT_COMMIT") {
+        Ok(given) if !given.is_empty() => assert!(given.starts_with(commit), "{version}"),
+        _ if in_checkout(".git").exists() => {
+            assert_eq!(commit.len(), 8, "{version}");
+            let mut git = Command::new("git");
+            // A commit may have been added since the build.
+            git.args(["merge-base", "--is-ancestor", commit, "HEAD"]);
+            git.current_dir(in_checkout(""));
+            succeed(git, "");
+        }
+        _ => assert_eq!(commit, "unknown"),
+    }
+    let newest = migration_names().pop().expect("a migration");
+    let (newest, _) = newest.split_once("__").expect("a version");
+    assert_eq!(schema, format!("{newest})\n"));
+    version
+}
+
 #[tokio::test]
 async fn each_argument_prints_its_output() {
     let help = command("").arg("--help").output().expect("run the program");
@@ -479,14 +509,7 @@ async fn each_argument_prints_its_output() {
     ] {
         assert!(printed(&help).contains(name), "{name}");
     }
-    let version = command("")
-        .arg("--version")
-        .output()
-        .expect("run the program");
-    assert_eq!(
-        printed(&version),
-        concat!("listing-api ", env!("CARGO_PKG_VERSION"), "\n")
-    );
+    version();
     let unknown = command("")
         .arg("--chekc")
         .output()
@@ -686,6 +709,11 @@ async fn health_and_metrics_report_requests_and_the_database() {
         (200, 200)
     );
     let metrics = ask("/metrics");
+    let version = version();
+    let version: Vec<_> = version.split([' ', ',', ')']).collect();
+    let [_, version, _, commit, _, _, schema, ..] = version[..] else {
+        panic!("{version:?}");
+    };
     for line in [
         r#"http_request_duration_seconds_count{method="POST",route="/listings",status="201"} 1"#,
         r#"http_request_duration_seconds_count{method="GET",route="/listings/{id}",status="200"} 1"#,
@@ -696,10 +724,8 @@ async fn health_and_metrics_report_requests_and_the_database() {
             r#"database_server_writable{{part="primary",server="{}"}} 1"#,
             service.db().address()
         ),
-        concat!(
-            "listing_api_build_info{version=\"",
-            env!("CARGO_PKG_VERSION"),
-            "\"} 1"
+        &format!(
+            r#"listing_api_build_info{{commit="{commit}",schema="{schema}",version="{version}"}} 1"#
         ),
     ] {
         assert!(

@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use prometheus::{GaugeVec, Opts, Registry, TextEncoder};
 
-use crate::postgres::Cluster;
+use super::version::{COMMIT, VERSION};
+use crate::postgres::{Cluster, schema_version};
 
 pub fn render(cluster: &Cluster) -> Result<String, prometheus::Error> {
     // A new registry each time: a server that changed its role must not leave a series behind.
@@ -37,7 +38,8 @@ pub fn render(cluster: &Cluster) -> Result<String, prometheus::Error> {
         "Requests that wait for a connection.",
         &["part"],
     )?;
-    let build = gauge("listing_api_build_info", "Always 1.", &["version"])?;
+    let build = ["commit", "schema", "version"];
+    let build = gauge("listing_api_build_info", "Always 1.", &build)?;
 
     let report = cluster.report();
     for server in report.servers {
@@ -66,7 +68,7 @@ pub fn render(cluster: &Cluster) -> Result<String, prometheus::Error> {
         }
     }
     build
-        .with_label_values(&[env!("CARGO_PKG_VERSION")])
+        .with_label_values(&[COMMIT, &schema_version(), VERSION])
         .set(1.0);
 
     let mut families = registry.gather();

@@ -2,8 +2,10 @@
 
 mod health_check;
 mod metrics;
+mod version;
 
 pub use health_check::check_health;
+pub use version::version;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 

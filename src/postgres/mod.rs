@@ -34,6 +34,7 @@ use tokio_postgres::types::ToSql;
 pub use self::error::{Error, ErrorKind};
 pub use self::lookup::{Key, Rows};
 pub use self::preflight::{ConnectionLimit, Session};
+pub use self::schema::newest as schema_version;
 pub use self::server::State;
 pub use self::statement::Parameters;
 

@@ -1,7 +1,7 @@
 //! Compares the migrations of the database with those that this program was built with.
 
 use deadpool_postgres::Object;
-use refinery::embed_migrations;
+use refinery::{Migration, embed_migrations};
 use tokio_postgres::Row;
 use tokio_postgres::error::SqlState;
 
@@ -35,6 +35,13 @@ pub async fn check(pool: &Pool) -> Result<Option<String>, String> {
     }
     let unknown = applied.get(built.len());
     Ok(unknown.map(|(version, name, _)| format!("V{version}__{name}")))
+}
+
+/// The newest migration that this program was built with, such as `V8`.
+pub fn newest() -> String {
+    let runner = migrations::runner();
+    let versions = runner.get_migrations().iter().map(Migration::version);
+    format!("V{}", versions.max().unwrap_or_default())
 }
 
 /// Version, name and checksum of each migration of the database.
