@@ -760,6 +760,43 @@ async fn health_and_metrics_report_requests_and_the_database() {
     assert_eq!(ask("/health/live").status, 200);
 }
 
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn metrics_report_the_processor_time_memory_and_files_of_the_process() {
+    let service = Service::start().await;
+    let metric = |name: &str| {
+        let metrics = service.admin("/metrics");
+        let mut lines = metrics.text().lines();
+        let value = lines.find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        value.expect(name).parse::<f64>().expect("a number")
+    };
+    let now = std::time::UNIX_EPOCH
+        .elapsed()
+        .expect("the time")
+        .as_secs_f64();
+    // Whole seconds, and as exact as the time at which the system believes to have started.
+    let age = now - metric("process_start_time_seconds");
+    assert!((-3.0..30.0).contains(&age), "{age}");
+    let resident = metric("process_resident_memory_bytes");
+    assert!((1e6..1e9).contains(&resident), "{resident}");
+    assert!(metric("process_virtual_memory_bytes") > resident);
+    let open = metric("process_open_fds");
+    let clients: Vec<_> = (0..20).map(|_| service.connect()).collect();
+    within(TWO_SECONDS, "more open files", || {
+        metric("process_open_fds") >= open + 20.0
+    });
+    drop(clients);
+    assert!(metric("process_max_fds") > open + 20.0);
+    assert!(metric("process_threads") >= 3.0);
+    within(Duration::from_secs(30), "a second of work", || {
+        service.get("/openapi.yaml");
+        service.processor_time() >= Duration::from_secs(1)
+    });
+    // Whole seconds.
+    let seconds = metric("process_cpu_seconds_total");
+    assert!((1.0..30.0).contains(&seconds), "{seconds}");
+}
+
 #[tokio::test]
 async fn without_a_database_requests_get_503_and_each_cause_is_logged_once() {
     let cluster = Cluster::migrated();
