@@ -1,4 +1,4 @@
-"""Validates deploy/kubernetes/ without a cluster and without the network. `make lint` runs it."""
+"""Validates deploy/kubernetes/ and deploy/systemd/ without a cluster and without the network. `make lint` runs it."""
 
 import pathlib
 import re
@@ -15,6 +15,7 @@ KUBERNETES = pathlib.Path("deploy/kubernetes")
 VERSIONS = ["1.29", "1.37"]
 # The schemas are those of Kubernetes. The operator of Prometheus brings its own, and no package has them for Python.
 WITHOUT_SCHEMA = "ServiceMonitor"
+UNIT = pathlib.Path("deploy/systemd/listing-api.service")
 SETTINGS = re.findall(r"^\| `([A-Z_]+)` \|", pathlib.Path("docs/configuration.md").read_text(), re.MULTILINE)
 
 
@@ -90,6 +91,26 @@ def verify_overlay(documents):
     require(unused <= {WITHOUT_SCHEMA}, f"the kustomization has no {unused}")
 
 
+def verify_unit():
+    text = UNIT.read_text()
+    variables = re.findall(r"([A-Z_]+)=", " ".join(re.findall(r"^Environment=(.*)", text, re.MULTILINE)))
+    unknown = set(variables) - set(SETTINGS)
+    require(variables and not unknown, f"no settings of the service in {UNIT}: {unknown}")
+    if not shutil.which("systemd-analyze"):
+        print(f"manifests: {UNIT} is not verified, because systemd-analyze is not installed")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = pathlib.Path(folder) / UNIT.name
+        # The program need not be installed here.
+        copy.write_text(text.replace("/usr/local/bin/listing-api", sys.executable))
+        run = lambda *command: subprocess.run(["systemd-analyze", *command, copy], capture_output=True, text=True)
+        verified = run("verify", "--man=no")
+        # It prints unknown keys, but fails only on some problems.
+        require(verified.returncode == 0 and not verified.stderr, verified.stderr)
+        security = run("security", "--offline=true", "--threshold=25", "--no-pager")
+        require(security.returncode == 0, security.stdout + security.stderr)
+
+
 documents = [
     document
     for path in sorted(KUBERNETES.glob("*.yaml"))
@@ -100,3 +121,4 @@ for document in documents:
     validate(document)
 verify_references(documents)
 verify_overlay(documents)
+verify_unit()
