@@ -9,9 +9,31 @@ use std::time::{Duration, Instant};
 
 use crate::support::{
     Connection, Database, JSON, LOFT, OTHER_COLUMNS, OTHER_VALUES, OnDrop, PROGRAM, Response,
-    Service, TWO_SECONDS, WAITING, free_address, in_checkout, printed, run, value, with_settings,
-    within,
+    Service, TWO_SECONDS, WAITING, bearer, create_key, free_address, in_checkout, printed, run,
+    value, with_settings, within,
 };
+
+/// What the documentation tells about several instances.
+fn page() -> String {
+    let page = in_checkout("docs/high-availability.md");
+    std::fs::read_to_string(page).expect("read the documentation")
+}
+
+/// The documented settings of an instance, at other addresses.
+fn documented_settings([api, admin]: &[String; 2]) -> Vec<(String, String)> {
+    let page = page();
+    let is_settings = |line: &&str| line.starts_with("LISTEN_ADDR=10.0.0.1:8080 ");
+    let settings = page.lines().find(is_settings).expect("the settings");
+    let settings = settings
+        .replace("10.0.0.1:8080", api)
+        .replace("10.0.0.1:8081", admin);
+    let settings = settings
+        .split_whitespace()
+        .filter_map(|setting| setting.split_once('='));
+    settings
+        .map(|(name, value)| (name.to_owned(), value.to_owned()))
+        .collect()
+}
 
 /// HAProxy in front of two instances, with the configuration from the documentation.
 struct Proxy {
@@ -22,8 +44,7 @@ struct Proxy {
 impl Proxy {
     fn start(instances: &[[String; 2]]) -> Self {
         let address = free_address();
-        let page = in_checkout("docs/high-availability.md");
-        let page = std::fs::read_to_string(page).expect("read the documentation");
+        let page = page();
         let (_, config) = page.split_once("```haproxy\n").expect("a configuration");
         let (config, _) = config.split_once("```").expect("the end of the block");
         // HAProxy needs a newline at the end of the file.
@@ -53,9 +74,9 @@ impl Proxy {
     }
 
     /// Sends a request on a connection of its own. The response may be HAProxy's, which the OpenAPI document does not describe.
-    fn send(&self, method: &str, body: &str) -> std::io::Result<Response> {
+    fn send(&self, method: &str, headers: &str, body: &str) -> std::io::Result<Response> {
         let mut connection = Connection::try_to(&self.address)?;
-        connection.try_request(method, "/listings/1", JSON, body.as_bytes())?;
+        connection.try_request(method, "/listings/1", headers, body.as_bytes())?;
         connection.try_receive_unchecked(method)
     }
 }
@@ -75,23 +96,25 @@ async fn a_rolling_restart_behind_a_proxy_fails_no_request() {
     ];
     let db = Database::migrated().await;
     let url = db.service_url().await;
-    let start = |[api, admin]: &[String; 2]| {
-        let settings = [
-            ("LISTEN_ADDR", &**api),
-            ("ADMIN_ADDR", admin),
-            ("SHUTDOWN_DELAY_MS", "1000"),
-        ];
+    let start = |addresses: &[String; 2]| {
+        let settings = documented_settings(addresses);
+        let settings: Vec<_> = settings
+            .iter()
+            .map(|(name, value)| (&**name, &**value))
+            .collect();
         Service::start_at(&url, &settings)
     };
     let mut instances: Vec<_> = addresses.iter().map(start).collect();
-    instances[0].post(LOFT);
+    let write = bearer(&create_key(&db.superuser, "alice").await);
+    let created = instances[0].send("POST", "/listings", &write, LOFT);
+    assert_eq!(created.status, 201);
     let proxy = Proxy::start(&addresses);
     within(
         Duration::from_secs(10),
         "a response through the proxy",
         || {
             proxy
-                .send("GET", "")
+                .send("GET", "", "")
                 .is_ok_and(|response| response.status == 200)
         },
     );
@@ -103,7 +126,7 @@ async fn a_rolling_restart_behind_a_proxy_fails_no_request() {
     thread::scope(|scope| {
         let clients: Vec<_> = (0..4)
             .map(|client| {
-                let (done, served, proxy) = (&done, &served, &proxy);
+                let (done, served, proxy, write) = (&done, &served, &proxy, &write);
                 scope.spawn(move || {
                     // Half of the clients open a new connection for each request.
                     let mut kept = Connection::to(&proxy.address);
@@ -114,9 +137,9 @@ async fn a_rolling_restart_behind_a_proxy_fails_no_request() {
                         let method = ["GET", "PATCH"][turn % 2];
                         let body = ["", r#"{"rooms_count":2}"#][turn % 2];
                         let response = if client % 2 == 0 {
-                            kept.send(method, "/listings/1", JSON, body)
+                            kept.send(method, "/listings/1", write, body)
                         } else {
-                            proxy.send(method, body).expect("a response")
+                            proxy.send(method, write, body).expect("a response")
                         };
                         assert_eq!(response.status, 200, "{response:?}");
                         served.fetch_add(1, Ordering::Relaxed);
@@ -163,10 +186,10 @@ async fn a_rolling_restart_behind_a_proxy_fails_no_request() {
     }
     let message = r#"{"message":"the database cannot be reached at the moment, try again later"}"#;
     within(TWO_SECONDS, "a refusal by the service", || {
-        let refused = proxy.send("PATCH", "{}").expect("a response");
+        let refused = proxy.send("PATCH", &write, "{}").expect("a response");
         refused.status == 503 && refused.text() == message
     });
-    let read = proxy.send("GET", "").expect("a response");
+    let read = proxy.send("GET", "", "").expect("a response");
     assert_eq!(read.status, 200);
 }
 
