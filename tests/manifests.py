@@ -13,7 +13,7 @@ import yaml
 KUBERNETES = pathlib.Path("deploy/kubernetes")
 # The oldest and the newest version that docs/deploying.md names.
 VERSIONS = ["1.29", "1.37"]
-# The schemas are those of Kubernetes. The operator of Prometheus brings its own, and no package has them for Python.
+# The package has the schemas of Kubernetes. This one comes with the Prometheus operator.
 WITHOUT_SCHEMA = "ServiceMonitor"
 UNIT = pathlib.Path("deploy/systemd/listing-api.service")
 SETTINGS = re.findall(r"^\| `([A-Z_]+)` \|", pathlib.Path("docs/configuration.md").read_text(), re.MULTILINE)
