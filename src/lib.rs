@@ -22,4 +22,4 @@ mod types;
 
 pub use admin::{check_health, version};
 pub use service::run;
-pub use settings::{SETTINGS, Setting, default_of, help};
+pub use settings::{SETTINGS, Setting, default_of, help, logs_json};

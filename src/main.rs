@@ -59,10 +59,13 @@ fn answer(arguments: &[&str]) -> anyhow::Result<String> {
 }
 
 fn run(check_only: bool) -> ExitCode {
-    log_writer::start(listing_api::default_of("RUST_LOG"));
-    let ended = System::new().block_on(listing_api::run(check_only));
+    let logs_json = listing_api::logs_json();
+    // A person reads what the check prints.
+    let is_json = !check_only && logs_json.as_ref().is_ok_and(|json| *json);
+    log_writer::start(listing_api::default_of("RUST_LOG"), is_json);
+    let ended = logs_json.and_then(|_| System::new().block_on(listing_api::run(check_only)));
     if let Err(reason) = &ended {
-        log_writer::add(format!("listing-api: {reason:#}\n").as_bytes());
+        log_writer::add(&format!("{reason:#}"));
     }
     log_writer::finish();
     ended.map_or(ExitCode::FAILURE, |()| ExitCode::SUCCESS)

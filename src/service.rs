@@ -8,7 +8,7 @@ use actix_http::{HttpService, KeepAlive, Protocol};
 use actix_server::{Server, ServerBuilder};
 use actix_service::{ServiceFactoryExt, fn_service, map_config};
 use actix_web::dev::AppConfig;
-use actix_web::middleware::{Compress, Logger, from_fn};
+use actix_web::middleware::{Compress, from_fn};
 use actix_web::rt::net::TcpStream;
 use actix_web::web::Data;
 use actix_web::{App, HttpServer, rt};
@@ -111,8 +111,7 @@ fn serve_api(
             .app_data(settings.clone())
             .configure(|config| api::configure(config, database, feed, auth))
             .wrap(Compress::default())
-            .wrap(from_fn(middleware))
-            .wrap(Logger::new("%r %s %b %Dms %{x-request-id}o"));
+            .wrap(from_fn(middleware));
         let stop_signal = stop_signal.clone();
         let http = HttpService::build()
             // At a stop, idle connections close at once.

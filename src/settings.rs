@@ -31,7 +31,7 @@ const fn setting(name: &'static str, meaning: &'static str, default: &'static st
 }
 
 #[rustfmt::skip]
-pub const SETTINGS: [Setting; 20] = [
+pub const SETTINGS: [Setting; 22] = [
     setting("DATABASE_URL", "postgres://user:password@host:port/database; for several hosts host:port,host:port/database?target_session_attrs=read-write", "required, or DATABASE_URL_FILE"),
     setting("DATABASE_READ_URL", "read replicas, in the same form", "none"),
     setting("DATABASE_URL_FILE", "file that contains the DATABASE_URL", "none"),
@@ -51,6 +51,8 @@ pub const SETTINGS: [Setting; 20] = [
     setting("SHUTDOWN_DELAY_MS", "delay between SIGTERM and closing the listener", "0"),
     setting("SHUTDOWN_TIMEOUT_MS", "time limit for requests in flight, after that delay", "30000"),
     setting("CORS_ORIGINS", "origins whose pages may use the API, separated by commas", "*"),
+    setting("TRUSTED_PROXIES", "addresses and networks whose X-Forwarded-For the log believes, separated by commas", "none"),
+    setting("LOG_FORMAT", "text, or json (each line is an object)", "text"),
     setting("RUST_LOG", "log filter, in the syntax of env_logger", "info,actix_server=warn,actix_http=off"),
 ];
 
@@ -93,6 +95,13 @@ pub struct Settings {
     pub shutdown_timeout: Duration,
     /// Empty: any origin.
     pub cors_origins: Vec<String>,
+    pub trusted_proxies: Vec<Network>,
+}
+
+/// An address, or a network such as 10.0.0.0/8.
+pub struct Network {
+    address: IpAddr,
+    prefix: u32,
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -137,6 +146,7 @@ impl Settings {
             shutdown_delay: milliseconds("SHUTDOWN_DELAY_MS", 0)?,
             shutdown_timeout: milliseconds("SHUTDOWN_TIMEOUT_MS", 1)?,
             cors_origins: cors_origins()?,
+            trusted_proxies: trusted_proxies()?,
         })
     }
 }
@@ -345,4 +355,58 @@ fn cors_origins() -> Result<Vec<String>> {
             "CORS_ORIGINS={value} is invalid: must be * or origins such as https://example.com, separated by commas"
         )
     })
+}
+
+fn trusted_proxies() -> Result<Vec<Network>> {
+    let Some(value) = value("TRUSTED_PROXIES")? else {
+        return Ok(Vec::new());
+    };
+    let networks: Option<_> = value
+        .split(',')
+        .map(|entry| network(entry.trim()))
+        .collect();
+    networks.with_context(|| {
+        format!(
+            "TRUSTED_PROXIES={value} is invalid: must be addresses or networks such as 10.0.0.0/8, separated by commas"
+        )
+    })
+}
+
+fn network(text: &str) -> Option<Network> {
+    let (address, prefix) = match text.split_once('/') {
+        None => (text, None),
+        Some((address, prefix)) => (address, Some(prefix.parse().ok()?)),
+    };
+    let address: IpAddr = address.parse().ok()?;
+    let bits = if address.is_ipv4() { 32 } else { 128 };
+    let prefix = prefix.unwrap_or(bits);
+    (prefix <= bits).then_some(Network { address, prefix })
+}
+
+impl Network {
+    pub fn contains(&self, address: IpAddr) -> bool {
+        let common = match (self.address, address) {
+            (IpAddr::V4(network), IpAddr::V4(address)) => {
+                (network.to_bits() ^ address.to_bits()).leading_zeros()
+            }
+            (IpAddr::V6(network), IpAddr::V6(address)) => {
+                (network.to_bits() ^ address.to_bits()).leading_zeros()
+            }
+            _ => return false,
+        };
+        common >= self.prefix
+    }
+}
+
+/// Whether each line of the log is an object.
+///
+/// # Errors
+///
+/// Fails if `LOG_FORMAT` is invalid.
+pub fn logs_json() -> Result<bool> {
+    match value("LOG_FORMAT")?.as_deref() {
+        None | Some("text") => Ok(false),
+        Some("json") => Ok(true),
+        Some(value) => bail!("LOG_FORMAT={value} is invalid: must be text or json"),
+    }
 }

@@ -16,6 +16,7 @@ mod idempotency;
 mod input;
 mod keys;
 mod load;
+mod logs;
 mod maintenance;
 mod migrations;
 mod monitoring;

@@ -122,6 +122,21 @@ fn an_invalid_setting_is_reported_with_its_value_and_the_valid_form() {
             "CORS_ORIGINS=example.com is invalid: must be * or origins such as https://example.com, separated by commas",
         ),
         (
+            "TRUSTED_PROXIES",
+            "10.0.0.0/33",
+            "TRUSTED_PROXIES=10.0.0.0/33 is invalid: must be addresses or networks such as 10.0.0.0/8, separated by commas",
+        ),
+        (
+            "TRUSTED_PROXIES",
+            "127.0.0.1,proxy",
+            "TRUSTED_PROXIES=127.0.0.1,proxy is invalid: must be addresses or networks such as 10.0.0.0/8, separated by commas",
+        ),
+        (
+            "LOG_FORMAT",
+            "JSON",
+            "LOG_FORMAT=JSON is invalid: must be text or json",
+        ),
+        (
             "DATABASE_CA_FILE",
             "/nowhere",
             "DATABASE_CA_FILE=/nowhere: ",

@@ -24,9 +24,11 @@ use std::time::Duration;
 use actix_web::http::StatusCode;
 use actix_web::rt::net::TcpStream;
 use bytes::{Buf, Bytes, BytesMut};
+use log::Level;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Instant, Sleep, sleep};
 
+use super::access_log::Line;
 use super::body::READ_TIMEOUT;
 use super::exchange::Exchange;
 use super::request_id;
@@ -211,6 +213,41 @@ impl Connection {
             self.timer.as_mut().reset(deadline.min(now + READ_TIMEOUT));
         }
     }
+
+    /// The error of the contract. Writes it to the log.
+    fn error_response(&self, status: StatusCode) -> Bytes {
+        let message = match status {
+            StatusCode::REQUEST_TIMEOUT => "the request took too long to arrive",
+            StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE => "the request head is too large",
+            _ => "the request is not valid HTTP",
+        };
+        let body = format!("{{\"message\":\"{message}\"}}");
+        let id = request_id::new();
+        let peer = self.socket.peer_addr().ok();
+        let line = Line {
+            level: Level::Info,
+            client: peer.map(|peer| peer.ip().to_canonical()),
+            method: None,
+            path: None,
+            status,
+            bytes: body.len(),
+            started: self.head.1.into_std(),
+            request_id: &id,
+            cause: Some(message),
+        };
+        line.write();
+        let origin = if self.any_origin {
+            "access-control-allow-origin: *\r\n"
+        } else {
+            ""
+        };
+        let head = format!(
+            "HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {}\r\ncache-control: no-store\r\n\
+             {origin}x-request-id: {id}\r\nconnection: close\r\n\r\n",
+            body.len()
+        );
+        (head + &body).into()
+    }
 }
 
 impl AsyncRead for Connection {
@@ -275,7 +312,7 @@ impl AsyncWrite for Connection {
                     } else {
                         status
                     };
-                    connection.replacement = Some(error_response(status, connection.any_origin));
+                    connection.replacement = Some(connection.error_response(status));
                 }
                 // The responses before it are written first.
                 Some((start, _)) => {
@@ -325,26 +362,4 @@ fn bare_error(buffer: &[u8]) -> Option<(usize, StatusCode)> {
         .any(|line| line.eq_ignore_ascii_case("content-length: 0"));
     let status = StatusCode::from_u16(status).ok()?;
     bare.then(|| (buffer.len() - 4 - text.len() + start, status))
-}
-
-fn error_response(status: StatusCode, any_origin: bool) -> Bytes {
-    let message = match status {
-        StatusCode::REQUEST_TIMEOUT => "the request took too long to arrive",
-        StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE => "the request head is too large",
-        _ => "the request is not valid HTTP",
-    };
-    let body = format!("{{\"message\":\"{message}\"}}");
-    let id = request_id::new();
-    log::info!("- - {} {} - {id}: {message}", status.as_u16(), body.len());
-    let origin = if any_origin {
-        "access-control-allow-origin: *\r\n"
-    } else {
-        ""
-    };
-    let head = format!(
-        "HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {}\r\ncache-control: no-store\r\n\
-         {origin}x-request-id: {id}\r\nconnection: close\r\n\r\n",
-        body.len()
-    );
-    (head + &body).into()
 }

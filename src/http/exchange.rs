@@ -2,6 +2,7 @@
 //! connection reads it.
 
 use std::cell::Cell;
+use std::error::Error;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
@@ -11,6 +12,8 @@ use actix_web::body::{BodySize, MessageBody};
 use actix_web::http::header;
 use bytes::Bytes;
 use pin_project_lite::pin_project;
+
+use super::access_log::Entry;
 
 #[derive(Default)]
 pub struct Exchange {
@@ -125,22 +128,27 @@ impl Drop for Receiving {
 }
 
 pin_project! {
-    /// The body of a response, with which the serving of its request ends.
+    /// The body of a response. With it, the serving of its request ends and the log gets its line.
     pub struct Served<B> {
         #[pin]
         body: B,
         serving: Option<Serving>,
+        entry: Entry,
     }
 }
 
 impl<B> Served<B> {
-    pub fn new(body: B, serving: Option<Serving>) -> Self {
-        Self { body, serving }
+    pub fn new(body: B, serving: Option<Serving>, entry: Entry) -> Self {
+        Self {
+            body,
+            serving,
+            entry,
+        }
     }
 }
 
 impl<B: MessageBody> MessageBody for Served<B> {
-    type Error = B::Error;
+    type Error = Box<dyn Error>;
 
     fn size(&self) -> BodySize {
         self.body.size()
@@ -150,6 +158,22 @@ impl<B: MessageBody> MessageBody for Served<B> {
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Bytes, Self::Error>>> {
-        self.project().body.poll_next(cx)
+        let this = self.project();
+        let polled = this.body.poll_next(cx).map_err(Into::<Self::Error>::into);
+        match &polled {
+            Poll::Ready(Some(Ok(chunk))) => this.entry.bytes += chunk.len(),
+            // The status has been sent, so the log is the only place left for the cause.
+            Poll::Ready(Some(Err(error))) => {
+                let cause = root_cause(error.as_ref());
+                this.entry.cause = Some(format!("the response broke off: {cause}"));
+            }
+            Poll::Ready(None) | Poll::Pending => (),
+        }
+        polled
     }
+}
+
+/// The error of the handler, without those that the compression wraps around it.
+fn root_cause(error: &dyn Error) -> &dyn Error {
+    error.source().map_or(error, root_cause)
 }

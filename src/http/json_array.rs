@@ -4,11 +4,10 @@ use actix_web::http::Method;
 use actix_web::http::header::ContentType;
 use actix_web::{HttpRequest, HttpResponse, HttpResponseBuilder};
 use bytes::Bytes;
-use futures_util::stream::{self, TryStreamExt};
+use futures_util::stream;
 use tokio_postgres::Row;
 
 use super::error::ApiError;
-use super::request_id;
 
 /// Rows of one page of a streamed array. Each page gives its connection back before it is sent.
 pub const PAGE_SIZE: i64 = 1000;
@@ -68,12 +67,8 @@ pub async fn stream(
             close(&mut chunk, separator);
         }
         let state = last.map(|last| (read, Next::PageAfter(last), separator));
-        Ok(Some((Bytes::from(chunk), state)))
+        Ok::<_, ApiError>(Some((Bytes::from(chunk), state)))
     });
-    let id = request_id::of(request.headers());
-    // The status has been sent, so the log is the only place left for the cause.
-    let chunks = chunks
-        .inspect_err(move |error: &ApiError| log::error!("{id:?} the response broke off: {error}"));
     Ok(response.streaming(chunks))
 }
 

@@ -1,4 +1,4 @@
-//! What every response gets: a request id, CORS headers, a metric, and the cause of an error in the log.
+//! What every response gets: a request id, CORS headers, a metric, and a line in the log.
 
 use std::time::Instant;
 
@@ -8,6 +8,7 @@ use actix_web::http::header::{self, HeaderMap, HeaderValue};
 use actix_web::middleware::Next;
 use actix_web::{Error, web};
 
+use super::access_log::Entry;
 use super::busy_poll::InFlight;
 use super::error::Cause;
 use super::exchange::{Served, Serving};
@@ -40,10 +41,14 @@ pub async fn middleware(
         started.elapsed(),
     );
     let cause = response.response_mut().extensions_mut().remove();
-    if let Some(Cause(cause)) = cause {
-        let (id, status) = (id.to_str().unwrap_or_default(), response.status().as_u16());
-        log::error!("{id} {status}: {cause}");
-    }
+    let entry = Entry {
+        request: response.request().clone(),
+        id: id.clone(),
+        started,
+        status: response.status(),
+        bytes: 0,
+        cause: cause.map(|Cause(cause)| cause),
+    };
     let headers = response.headers_mut();
     headers.insert(REQUEST_ID, id);
     if !headers.contains_key(header::VARY) {
@@ -52,7 +57,7 @@ pub async fn middleware(
     if let Some(settings) = settings {
         allow_origin(headers, &settings.cors_origins, origin);
     }
-    Ok(response.map_body(|_, body| Served::new(body, serving)))
+    Ok(response.map_body(|_, body| Served::new(body, serving, entry)))
 }
 
 /// Reduces `Accept-Encoding` to gzip, the one encoding that is served. A client that refuses every encoding gets none.

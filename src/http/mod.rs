@@ -1,5 +1,6 @@
-//! What all requests share: bodies, parameters, errors, conditional requests, metrics.
+//! What all requests share: bodies, parameters, errors, conditional requests, metrics, the log.
 
+pub mod access_log;
 pub mod body;
 pub mod busy_poll;
 pub mod conditional;

@@ -87,7 +87,7 @@ impl Service {
         let addresses: Vec<_> = serving
             .split("http://")
             .skip(1)
-            .filter_map(|rest| rest.split([',', '/']).next())
+            .filter_map(|rest| rest.split([',', '/', '"']).next())
             .collect();
         addresses[0].clone_into(&mut service.address);
         addresses[2].clone_into(&mut service.admin_address);
