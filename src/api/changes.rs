@@ -8,7 +8,7 @@ use actix_web::http::{Method, StatusCode};
 use actix_web::web::Data;
 use actix_web::{HttpRequest, HttpResponse};
 use bytes::Bytes;
-use futures_util::stream::{self, TryStreamExt};
+use futures_util::stream;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::time::{Instant, timeout_at};
 use tokio_postgres::Row;
@@ -18,7 +18,6 @@ use super::change_feed::{Feed, Tick, Ticks};
 use super::change_page::{Change, Head, MAX_PAGE, Page};
 use crate::http::error::ApiError;
 use crate::http::query::Query;
-use crate::http::request_id;
 use crate::postgres::{Database, Error, Parameters};
 
 /// Keeps the connection alive and the cursor of an idle client fresh.
@@ -85,14 +84,10 @@ async fn respond_with_events(
         keep_alive_at: Instant::now(),
         rest: Bytes::new(),
     };
-    let id = request_id::of(request.headers());
     let chunks = stream::try_unfold(events, async |mut events| {
         let chunk = events.next().await?;
-        Ok(chunk.map(|chunk| (chunk, events)))
+        Ok::<_, ApiError>(chunk.map(|chunk| (chunk, events)))
     });
-    // The status has been sent, so the log is the only place left for the cause.
-    let chunks = chunks
-        .inspect_err(move |error: &ApiError| log::error!("{id:?} the events broke off: {error}"));
     Ok(response.streaming(chunks))
 }
 
