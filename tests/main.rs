@@ -27,6 +27,7 @@ mod problems;
 mod restore;
 mod roles;
 mod rollout;
+mod setup;
 mod start;
 mod support;
 mod truth;

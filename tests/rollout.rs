@@ -89,7 +89,7 @@ impl Drop for Proxy {
 }
 
 #[tokio::test]
-async fn a_rolling_restart_behind_a_proxy_fails_no_request() {
+async fn a_rolling_restart_behind_haproxy_fails_no_request() {
     let addresses = [
         [free_address(), free_address()],
         [free_address(), free_address()],
