@@ -1,9 +1,11 @@
 //! `GET /changes` delivers every committed change at least once, in the order of each listing, and none that was rolled back.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::mem;
 use std::net::TcpStream;
+use std::ops::RangeInclusive;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -15,7 +17,8 @@ use tokio_postgres::Client;
 
 use crate::support::{
     Cluster, Database, JSON, LOFT, OTHER_COLUMNS, OTHER_VALUES, Response, Service, TWO_SECONDS,
-    connect, in_checkout, insert_listing, program, rows, run, succeed, through, value, within,
+    WAITING, alter_system, connect, in_checkout, insert_listing, program, rows, run, succeed,
+    through, value, wait_for, within,
 };
 
 /// The statement that inserts listings with these ids.
@@ -253,7 +256,9 @@ impl Events {
 
     /// The events of the next chunk that has any. `None` at the end of the stream.
     fn next(&mut self) -> Option<Vec<Event>> {
+        let begun = Instant::now();
         loop {
+            assert!(begun.elapsed() < Duration::from_secs(40), "no event");
             let chunk = self.chunk()?;
             let mut events = Vec::new();
             for block in chunk.split_terminator("\n\n") {
@@ -740,6 +745,67 @@ async fn a_cursor_is_shorter_than_2_kb_with_300_running_transactions() {
 }
 
 #[tokio::test]
+async fn a_cursor_is_shorter_than_2_kb_also_if_hundreds_of_transactions_end_and_others_run() {
+    let cluster = Cluster::migrated();
+    // The poll would tell about the transactions of autovacuum too.
+    alter_system(&cluster.superuser().await, "set autovacuum = off").await;
+    let setting = "set max_prepared_transactions = 900";
+    cluster.restart_with(setting).await;
+    let service = Service::start_at(&cluster.url, &[]);
+    let superuser = cluster.superuser().await;
+    run(&superuser, &insert_listings(1, 801)).await;
+    // Uses 150 numbers, so that the difference of two that run takes two bytes.
+    let end_others = "create temporary table used (); create procedure pg_temp.end_others() language plpgsql as $$ begin \
+        for n in 1..150 loop begin insert into used default values; exception when others then raise; end; end loop; end $$";
+    run(&superuser, end_others).await;
+    // A prepared transaction runs without a session.
+    let prepare = async |ids: RangeInclusive<i32>| {
+        for id in ids {
+            run(&superuser, &format!("begin; update listing set price = 0 where id = {id}; prepare transaction '{id}'")).await;
+            run(&superuser, "call pg_temp.end_others()").await;
+        }
+    };
+    prepare(1..=400).await;
+    let mut path = next(&service.get("/changes?after=now&limit=150"));
+    assert!(cursor(&path).len() > 1000, "{path}");
+    prepare(401..=800).await;
+    // The poll waits for the lock, and then finds everything at once.
+    let mut events = Events::open(&service, "/changes?after=now", "");
+    events.chunk();
+    let locking = cluster.superuser().await;
+    let lock = "begin; lock table listing_price_log_maintenance";
+    run(&locking, lock).await;
+    wait_for(&superuser, WAITING, "1").await;
+    let commit = async |ids: RangeInclusive<i32>| {
+        for id in ids {
+            run(&superuser, &format!("commit prepared '{id}'")).await;
+        }
+    };
+    let mut read = |expected: &[i64]| {
+        let mut found = Vec::new();
+        while found.len() < expected.len() {
+            let page = service.get(&path);
+            let all = changes(&page);
+            found.extend(
+                all.iter()
+                    .filter_map(|change| change["listing_id"].as_i64()),
+            );
+            path = next(&page);
+            assert!(cursor(&path).len() < 2000, "{}", cursor(&path).len());
+        }
+        assert_eq!(found, expected);
+    };
+    commit(1..=400).await;
+    run(&superuser, "update listing set price = 0 where id = 801").await;
+    run(&locking, "commit").await;
+    assert_eq!(events.ids(401).len(), 401);
+    read(&(1..=400).chain([801]).collect::<Vec<_>>());
+    commit(401..=800).await;
+    read(&(401..=800).collect::<Vec<_>>());
+    assert_eq!(all_after(&service, &path).0, [Value::Null; 0]);
+}
+
+#[tokio::test]
 async fn a_long_transaction_delays_only_its_own_changes() {
     let service = Service::start().await;
     run(service.superuser(), &insert_listings(1, 3)).await;
@@ -846,7 +912,7 @@ impl Drop for Program {
 
 #[tokio::test]
 async fn the_consumer_in_the_docs_mirrors_all_present_prices() {
-    let page = std::fs::read_to_string(in_checkout("docs/change-feed.md")).expect("read the page");
+    let page = fs::read_to_string(in_checkout("docs/change-feed.md")).expect("read the page");
     let (_, code) = page.split_once("```python\n").expect("a program");
     let (code, _) = code.split_once("```").expect("the end of the program");
     let folder = tempfile::tempdir().expect("a folder");

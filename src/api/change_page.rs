@@ -7,7 +7,7 @@ use bytes::Bytes;
 use serde::Serialize;
 use tokio_postgres::Row;
 
-use super::change_cursor::{Cursor, Epoch, Position, Snapshot, Xid};
+use super::change_cursor::{Cursor, Epoch, MAX_LENGTH, Position, Snapshot, Xid};
 use crate::http::error::ApiError;
 use crate::postgres::{Error, Parameters};
 use crate::types::euros::Euros;
@@ -198,22 +198,15 @@ impl Page {
         };
         let mut position = if let Some(position) = &cursor.batch {
             position.clone()
-        } else {
-            let seen = cursor.seen.as_ref();
-            if seen.is_some_and(|seen| seen.includes(&head.snapshot)) {
-                // Otherwise an idle client would keep the epoch of a former primary.
-                if !cursor.epoch.is_same_life(&head.epoch) {
-                    page.next.epoch = head.epoch.clone();
-                }
-                return Ok(page);
-            }
+        } else if let Some(position) = next_batch(cursor.seen.as_ref(), head) {
             page.batch.epoch = head.epoch.clone();
-            Position {
-                until: head.snapshot.clone(),
-                is_large: false,
-                listing_id: i32::MIN,
-                id: i64::MIN,
+            position
+        } else {
+            // Otherwise an idle client would keep the epoch of a former primary.
+            if !cursor.epoch.is_same_life(&head.epoch) {
+                page.next.epoch = head.epoch.clone();
             }
+            return Ok(page);
         };
         // The extra row tells whether the batch has more.
         let limit = limit + 1;
@@ -260,15 +253,15 @@ impl Page {
             }
         }
         page.batch.batch = Some(position.clone());
-        page.next = if more {
-            page.batch.clone()
-        } else {
-            Cursor {
-                epoch: page.batch.epoch.clone(),
-                seen: Some(position.until),
-                batch: None,
+        page.next = page.batch.clone();
+        if !more {
+            let seen = position.until;
+            page.next.batch = next_batch(Some(&seen), head);
+            if page.next.batch.is_some() {
+                page.next.epoch = head.epoch.clone();
             }
-        };
+            page.next.seen = Some(seen);
+        }
         Ok(page)
     }
 
@@ -312,6 +305,35 @@ impl Page {
     }
 }
 
+/// The batch after a snapshot that was seen. `None`: the head has nothing more.
+fn next_batch(seen: Option<&Snapshot>, head: &Head) -> Option<Position> {
+    let begin = |until| Position {
+        until,
+        is_large: false,
+        listing_id: i32::MIN,
+        id: i64::MIN,
+    };
+    let whole = begin(head.snapshot.clone());
+    let Some(seen) = seen else {
+        return Some(whole);
+    };
+    if seen.includes(&head.snapshot) {
+        return None;
+    }
+    let mut running = head.snapshot.running.clone();
+    running.retain(|xid| *xid < seen.end);
+    let mut cursor = head.cursor();
+    cursor.seen = Some(seen.clone());
+    cursor.batch = Some(whole);
+    // The two snapshots can have so much apart that the cursor gets too long. Then the transactions that ran in the older one
+    // and have ended are a batch of their own. After it, nothing that runs is in the older one alone.
+    if running.len() < seen.running.len() && cursor.encode().len() > MAX_LENGTH {
+        let end = seen.end;
+        return Some(begin(Snapshot { end, running }));
+    }
+    cursor.batch
+}
+
 /// The `number` of a row. No number: there is no row.
 fn number(row: &Row) -> Result<i64, ApiError> {
     let number: Option<i64> = row.try_get("number")?;
@@ -336,4 +358,96 @@ fn between(seen: &Snapshot, until: &Snapshot) -> (Vec<Xid>, Vec<Xid>) {
         start = Xid(end.0 + 1);
     }
     (first, last)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::iter;
+
+    use super::{Cursor, Epoch, Head, Snapshot, Xid, between, next_batch};
+
+    /// Below 2^31, the most that PostgreSQL allows between a running transaction and the next one.
+    const FAR: u64 = 2_140_000_000;
+
+    /// A snapshot with 300 running transactions before its end.
+    fn snapshot(end: u64, gap: impl FnMut() -> u64) -> Snapshot {
+        let mut above = end;
+        let below = iter::repeat_with(gap).map(|gap| {
+            above -= gap;
+            Xid(above)
+        });
+        let mut running: Vec<_> = below.take(300).collect();
+        running.reverse();
+        let end = Xid(end);
+        Snapshot { end, running }
+    }
+
+    /// The batches from one snapshot to another. Asserts that each cursor is short, and that they have every transaction once.
+    fn batches(seen: &Snapshot, until: &Snapshot) -> Vec<Snapshot> {
+        let head = Head {
+            snapshot: until.clone(),
+            epoch: Epoch {
+                database: -1,
+                timeline: u32::MAX,
+                position: 1 << 62,
+                recovered: 1 << 62,
+            },
+            was_standby: false,
+        };
+        let mut batches = Vec::new();
+        let (mut seen, mut found) = (seen.clone(), Vec::new());
+        let expected = between(&seen, until);
+        while let Some(position) = next_batch(Some(&seen), &head) {
+            let until = position.until.clone();
+            let cursor = Cursor {
+                epoch: head.epoch.clone(),
+                seen: Some(seen.clone()),
+                batch: Some(position),
+            };
+            let text = cursor.encode();
+            assert!(text.len() <= 2000, "{}", text.len());
+            assert_eq!(Cursor::decode(&text), Some(cursor));
+            let (first, last) = between(&seen, &until);
+            found.extend(first.into_iter().zip(last));
+            seen = until.clone();
+            batches.push(until);
+        }
+        assert_eq!(found, iter::zip(expected.0, expected.1).collect::<Vec<_>>());
+        assert_eq!(batches.last(), Some(until));
+        batches
+    }
+
+    #[test]
+    fn a_cursor_is_short_with_300_running_transactions_however_far_apart_they_are() {
+        let mut random = 1_u64;
+        let mut gap = |most: u64| {
+            random = random
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1);
+            1 + (random >> 33) % most
+        };
+        for most in [2, 200, 16_384, 1 << 20, FAR / 300] {
+            let older = snapshot(3 * FAR, || gap(most));
+            // The same run, every second one has ended and another one runs, or all others.
+            let mut half = older.clone();
+            half.end = Xid(4 * FAR);
+            let later = snapshot(4 * FAR, || gap(most)).running.into_iter();
+            half.running = half.running.into_iter().chain(later).step_by(2).collect();
+            let mut same = older.clone();
+            same.end = Xid(4 * FAR);
+            assert_eq!(batches(&older, &same).len(), 1);
+            assert_eq!(
+                batches(&older, &half).len(),
+                1 + usize::from(most > 1 << 20)
+            );
+            let other = snapshot(5 * FAR, || gap(most));
+            assert_eq!(
+                batches(&older, &other).len(),
+                1 + usize::from(most > 16_384)
+            );
+        }
+        // Evenly, as far as PostgreSQL allows.
+        let evenly = |end| snapshot(end, || FAR / 300);
+        assert_eq!(batches(&evenly(3 * FAR), &evenly(5 * FAR)).len(), 2);
+    }
 }
