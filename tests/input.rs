@@ -103,6 +103,16 @@ async fn a_field_that_breaks_a_rule_gets_422_with_its_name() {
             r#""updated_date":1,"updated_date":1,"name":"#,
             "updated_date: must be given only once",
         ),
+        (
+            r#""name":"#,
+            r#""created_date":"a\u0000b","name":"#,
+            &format!("created_date: {nul}"),
+        ),
+        (
+            r#""name":"#,
+            r#""updated_date":{"a":1,"a":[{"\\\u0000":1}]},"name":"#,
+            &format!("updated_date: {nul}"),
+        ),
         (r#""city":"Paris","#, "", "postal_address.city: is required"),
         (
             r#""Paris""#,
@@ -292,6 +302,14 @@ async fn a_field_that_breaks_a_rule_gets_422_with_its_name() {
         }
     }
     let id = "id: must be absent or 1, the id in the path";
+    // Null is not the id in the path, unlike on POST, where it is ignored.
+    let without_id = LOFT.replacen('{', r#"{"id":null,"#, 1);
+    assert_refused(
+        &service,
+        &mut connection,
+        ("PUT", "/listings/1", JSON, without_id.as_bytes()),
+        (422, id),
+    );
     for (body, expected) in [
         ("[]", "the body must be an object"),
         (" 1 ", "the body must be an object"),
@@ -405,6 +423,29 @@ async fn a_page_may_send_what_it_read_and_what_an_html_form_holds() {
     assert_eq!(amounts.len(), 2);
     assert_eq!(amounts[0]["price_eur"].to_string(), "480000.1");
     assert_eq!(amounts[1]["price_eur"].to_string(), "9999999999.99");
+}
+
+#[tokio::test]
+async fn an_ignored_field_must_be_json_of_the_same_depth_as_any_other_and_may_hold_a_backslash() {
+    let service = Service::start().await;
+    let mut connection = service.connect();
+    let mut send = |field: &str, value: &str| {
+        let body = LOFT.replacen('{', &format!("{{\"{field}\":{value},"), 1);
+        connection.send("POST", "/listings", JSON, body).status
+    };
+    assert_eq!(send("created_date", r#""\\u0000 \" \\""#), 201);
+    assert_eq!(send("id", r#""\u0000""#), 422);
+    let mut refused = 0;
+    for depth in 120..135 {
+        let value = "[".repeat(depth) + &"]".repeat(depth);
+        let statuses = (send("created_date", &value), send("unknown", &value));
+        assert!(
+            [(201, 422), (400, 400)].contains(&statuses),
+            "{depth}: {statuses:?}"
+        );
+        refused += usize::from(statuses.0 == 400);
+    }
+    assert!((1..15).contains(&refused), "{refused} of 15");
 }
 
 #[tokio::test]

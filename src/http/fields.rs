@@ -16,20 +16,7 @@ pub fn parse<T>(
     complete: bool,
     read: impl FnOnce(&mut Object, &mut Problems) -> T,
 ) -> Result<T, ApiError> {
-    let mut problems = Problems::default();
-    let text = std::str::from_utf8(body).ok();
-    let object = text.and_then(|text| Object::of(text, "", complete));
-    let value = object.map(|mut object| {
-        let value = read(&mut object, &mut problems);
-        object.finish(&mut problems);
-        value
-    });
-    match value {
-        Some(value) if problems.0.is_empty() => return Ok(value),
-        Some(_) => (),
-        None => problems.0.push("the body must be an object".to_owned()),
-    }
-    // A body that is not JSON is refused as such, whatever was found in it.
+    // The whole body first. The fields are read from raw values, which may be what JSON forbids, such as 1e400.
     if let Err(error) = serde_json::from_slice::<serde_json::Value>(body) {
         // Only the position: the library's own message may quote the body.
         let message = format!(
@@ -39,7 +26,18 @@ pub fn parse<T>(
         );
         return Err(ApiError::malformed(message));
     }
-    Err(ApiError::invalid(problems.0.join("; ")))
+    let text = std::str::from_utf8(body).ok();
+    let Some(mut object) = text.and_then(|text| Object::of(text, "", complete)) else {
+        return Err(ApiError::invalid("the body must be an object"));
+    };
+    let mut problems = Problems::default();
+    let value = read(&mut object, &mut problems);
+    object.finish(&mut problems);
+    if problems.0.is_empty() {
+        Ok(value)
+    } else {
+        Err(ApiError::invalid(problems.0.join("; ")))
+    }
 }
 
 /// The problems of a body, each with the path of its field.
@@ -136,12 +134,11 @@ impl<'a> Object<'a> {
 
     /// Drops a field that only the service sets. A client may send it back as it was read.
     pub fn read_only(&mut self, name: &str, problems: &mut Problems) {
-        let value = self.take(name, problems);
-        // A raw value may be what JSON forbids, such as 1e400. The values that are read have rules that refuse it.
-        if value
-            .is_some_and(|value| serde_json::from_str::<serde_json::Value>(value.get()).is_err())
+        if self
+            .take(name, problems)
+            .is_some_and(|value| has_nul(value.get()))
         {
-            problems.add(self.path, name, "must be JSON");
+            problems.add(self.path, name, NUL);
         }
     }
 
@@ -231,9 +228,24 @@ fn string(
 ) -> Result<String, &'static str> {
     let value: String = serde_json::from_str(text).map_err(|_| "must be a string")?;
     if value.contains('\0') {
-        return Err("must not contain the character U+0000");
+        return Err(NUL);
     }
     rule(&value).map(|()| value)
+}
+
+const NUL: &str = "must not contain the character U+0000";
+
+/// Whether a string in a JSON text contains U+0000, which can only be written as an escape.
+fn has_nul(json: &str) -> bool {
+    let mut rest = json;
+    while let Some((_, escape)) = rest.split_once('\\') {
+        if escape.starts_with("u0000") {
+            return true;
+        }
+        // The escaped character may be a backslash.
+        rest = escape.get(1..).unwrap_or_default();
+    }
+    false
 }
 
 /// All fields in their order, duplicates included.
