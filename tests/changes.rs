@@ -805,6 +805,60 @@ async fn a_cursor_is_shorter_than_2_kb_also_if_hundreds_of_transactions_end_and_
     assert_eq!(all_after(&service, &path).0, [Value::Null; 0]);
 }
 
+/// Lets a statement that reads the head wait for an advisory lock after it has its snapshot: the one that takes number 3, but
+/// none of the poll.
+const DELAY_A_HEAD: &str = "create sequence head; \
+    create or replace function change_feed_epoch() returns text language plpgsql security definer as $$ begin \
+        if pg_backend_pid() <> POLL and nextval('public.head') = 3 then perform pg_advisory_xact_lock_shared(1); end if; \
+        return null; end $$";
+
+#[tokio::test]
+async fn a_change_that_commits_while_a_listener_opens_reaches_it() {
+    // The poll tells about the transactions of other tests too.
+    let cluster = Cluster::migrated();
+    let service = Service::start_at(&cluster.url, &[]);
+    let db = cluster.superuser().await;
+    run(&db, &insert_listing(1, "1")).await;
+    let mut other = Events::open(&service, "/changes?after=now", "");
+    other.chunk();
+    let polls = format!(
+        "from pg_stat_activity where query ~ 'pg_current_snapshot' and pid <> pg_backend_pid() and query_start > '{}'",
+        value(&db, "select clock_timestamp()").await
+    );
+    wait_for(&db, &format!("select count(*) {polls}"), "1").await;
+    let poll = value(&db, &format!("select pid {polls}")).await;
+    run(&db, &DELAY_A_HEAD.replace("POLL", &poll)).await;
+
+    let lock = async |taken: &str| {
+        // The first number has a transaction, whose end would be told too.
+        run(
+            &db,
+            &format!("alter sequence head restart; {taken}; select pg_advisory_lock(1)"),
+        )
+        .await;
+    };
+    let change = async |other: &mut Events| {
+        wait_for(&db, WAITING, "1").await;
+        run(&db, "update listing set price = price + 1").await;
+        // The poll has found the change.
+        other.ids(1);
+        run(&db, "select pg_advisory_unlock(1)").await;
+    };
+    // A request that waits reads the head once.
+    lock("select nextval('head'), nextval('head')").await;
+    let path = "/changes?after=now&wait=5";
+    let mut waiting = service.connect();
+    waiting.request("GET", path, "", "");
+    change(&mut other).await;
+    assert_eq!(changes(&waiting.receive("GET", path)).len(), 1);
+    // A stream reads it before its response begins, and when it follows the poll.
+    lock("select nextval('head')").await;
+    let mut stream = Events::open(&service, "/changes?after=now", "");
+    change(&mut other).await;
+    let chunks = [stream.chunk(), stream.chunk()].map(|chunk| chunk.expect("a chunk"));
+    assert!(chunks[1].contains("event: price"), "{chunks:?}");
+}
+
 #[tokio::test]
 async fn a_long_transaction_delays_only_its_own_changes() {
     let service = Service::start().await;
