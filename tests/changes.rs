@@ -1,11 +1,12 @@
 //! `GET /changes` delivers every committed change at least once, in the order of each listing, and none that was rolled back.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
+use std::fs::{self, OpenOptions, Permissions};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::mem;
 use std::net::TcpStream;
 use std::ops::RangeInclusive;
+use std::os::unix::fs::PermissionsExt;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -16,9 +17,9 @@ use serde_json::{Value, json};
 use tokio_postgres::Client;
 
 use crate::support::{
-    Cluster, Database, JSON, LOFT, OTHER_COLUMNS, OTHER_VALUES, Response, Service, TWO_SECONDS,
-    WAITING, alter_system, connect, in_checkout, insert_listing, program, rows, run, succeed,
-    through, value, wait_for, within,
+    Cluster, Database, JSON, LOFT, Link, OTHER_COLUMNS, OTHER_VALUES, Response, Service,
+    TWO_SECONDS, WAITING, alter_system, assert_no_problem, connect, in_checkout, insert_listing,
+    program, rows, run, succeed, through, value, wait_for, within,
 };
 
 /// The statement that inserts listings with these ids.
@@ -585,6 +586,103 @@ async fn a_restart_of_the_feed_delivers_rows_with_transaction_numbers_from_the_f
         "select task, row_count, detail = change_feed_epoch() from listing_price_log_maintenance";
     assert_eq!(value(db, recorded).await, "restart_change_feed|2|t");
     assert_eq!(value(db, "select restart_change_feed()").await, "0");
+}
+
+#[tokio::test]
+async fn a_dump_in_another_server_ends_cursors_and_a_restart_of_the_feed_delivers_all_its_rows() {
+    let original = Cluster::migrated();
+    let db = original.superuser().await;
+    // More numbers than the other server has given out.
+    run(
+        &db,
+        "do $$ begin for n in 1..5000 loop perform pg_current_xact_id(); commit; end loop; end $$",
+    )
+    .await;
+    run(&db, &insert_listings(1, 20)).await;
+    run(
+        &db,
+        "update listing set price = price + 1 where id > 5; delete from listing where id > 17",
+    )
+    .await;
+    let (found, path) = all_after(&Service::start_at(&original.url, &[]), "/changes");
+    assert_eq!(found.len(), 17 + 12 + 3);
+
+    let mut pg_dump = program("pg_dump");
+    pg_dump.arg(format!("--dbname={}", original.url));
+    let copy = Cluster::start();
+    let db = copy.superuser().await;
+    run(&db, "create role listing_api; create role listing_auditor").await;
+    let mut psql = program("psql");
+    psql.args(["--quiet", "--no-psqlrc", "--set=ON_ERROR_STOP=1", &copy.url]);
+    succeed(psql, &succeed(pg_dump, ""));
+    let service = Service::start_at(&copy.url, &[]);
+    assert_gone(&service, &path);
+    let (early, path) = all_after(&service, "/changes");
+    assert_eq!(early, [Value::Null; 0]);
+    let problem = "select problem, left(explanation, 7), mend from listing_price_log_problem";
+    let expected =
+        "transaction numbers from the future|32 rows|select public.restart_change_feed();";
+    assert_eq!(value(&db, problem).await, expected);
+
+    assert_eq!(value(&db, "select restart_change_feed()").await, "32");
+    assert_gone(&service, &path);
+    let (all, path) = all_after(&service, "/changes");
+    assert_eq!(all, found);
+    let patched = service.patch("/listings/3", r#"{"latest_price_eur":7}"#);
+    assert_eq!(patched.status, 200);
+    assert_eq!(all_after(&service, &path).0.len(), 1);
+    assert_no_problem(&db).await;
+}
+
+#[tokio::test]
+async fn a_cursor_ends_with_a_restore_to_a_moment() {
+    let original = Cluster::migrated();
+    let archive = tempfile::tempdir().expect("a folder");
+    // For root, PostgreSQL runs as another user.
+    fs::set_permissions(archive.path(), Permissions::from_mode(0o777)).expect("open the folder");
+    let archive = archive.path().display();
+    let db = original.superuser().await;
+    alter_system(&db, &format!("set archive_command = 'cp %p {archive}/%f'")).await;
+    original.restart_with("set archive_mode = on").await;
+    // A base backup.
+    let restored = original.standby();
+    restored.call("stop");
+    let link = Link::to(&original);
+    let url = through(&original, &[&link.address]);
+    let service = Service::start_at(&url, &[]);
+    service.post(LOFT);
+    let early = all_after(&service, "/changes").1;
+    let moment = "select pg_create_restore_point('moment')";
+    run(&original.superuser().await, moment).await;
+    service.post(LOFT);
+    let late = next(&service.get(&early));
+    // Archives the last segment too.
+    original.call("stop");
+
+    let data = restored.folder.path().join(".postgres/data");
+    let signal = |name: &str| data.join(name).with_extension("signal");
+    fs::rename(signal("standby"), signal("recovery")).expect("rename the signal");
+    let settings = format!(
+        "restore_command = 'cp {archive}/%f %p'\nrecovery_target_name = 'moment'\nrecovery_target_action = 'promote'\n"
+    );
+    let file = OpenOptions::new()
+        .append(true)
+        .open(data.join("postgresql.auto.conf"));
+    let written = file.and_then(|mut file| file.write_all(settings.as_bytes()));
+    written.expect("write the settings");
+    restored.call("up");
+    restored.wait_for("select pg_is_in_recovery()", "f").await;
+    link.lead_to(&restored);
+    for service in [service, Service::start_at(&restored.url, &[])] {
+        assert_gone(&service, &early);
+        assert_gone(&service, &late);
+        let (found, path) = all_after(&service, "/changes");
+        assert_eq!(found[0]["listing_id"], 1);
+        // The numbers that were lost are given out anew.
+        assert_eq!(service.post(LOFT).status, 201);
+        assert_gone(&service, &late);
+        assert_eq!(changes(&service.get(&path)).len(), 1);
+    }
 }
 
 #[tokio::test]
