@@ -41,7 +41,7 @@ macro_rules! changes {
     };
 }
 
-/// A batch with at most [`MAX_SORTED`] rows, found by their transactions. `number` is the size of the batch.
+/// A batch with at most [`MAX_SORTED`] rows, found by their transactions. `size` is that of the batch.
 ///
 /// A row is returned even if no change is found, unless the server is a standby, which may lack some.
 const SELECT_SORTED: &str = concat!(
@@ -49,8 +49,8 @@ const SELECT_SORTED: &str = concat!(
         cross join lateral (",
     changes!("xact_id between visible.first and visible.last", "xact_id"),
     ") as change limit 5001) \
-    select size.number, page.listing_id is not null as is_change, page.* \
-    from (select count(*) as number from batch having not pg_is_in_recovery()) as size \
+    select whole.size, page.listing_id is not null as is_change, page.* \
+    from (select count(*) as size from batch having not pg_is_in_recovery()) as whole \
     left join (select listing_id, id, old_price, new_price, changed_at from batch \
         where (listing_id, id) > ($3, $4) order by listing_id, id limit $5) as page on true \
     order by page.listing_id, page.id"
@@ -59,20 +59,24 @@ const SELECT_SORTED: &str = concat!(
 /// About what can be sorted for each page in 5 ms.
 const MAX_SORTED: i64 = 5000;
 
-/// The next changes of a large batch, by the primary keys. `number` counts the rows that were examined, at most [`WINDOW`].
+/// The next changes of a large batch, among the next 10,000 rows by the primary keys. That bounds the time of a page, however few
+/// of the rows belong to the batch. If a page is short because of it, the last of the rows is returned too, as no change.
 const SELECT_LARGE: &str = concat!(
-    "select page.* from (select where not pg_is_in_recovery()) as server left join (select * from (\
-        select row_number() over () as number, pg_visible_in_snapshot(xact_id, $4) \
-            and ($3::pg_snapshot is null or not pg_visible_in_snapshot(xact_id, $3)) as is_change, \
-            listing_id, id, old_price, new_price, changed_at from (",
+    "with changes as materialized (select listing_id, id, old_price, new_price, changed_at from (",
     changes!("(listing_id, id) > ($1, $2)", "listing_id, id"),
-    " order by listing_id, id limit 10000) as examined) as change \
-        where is_change or number = 10000 limit $5) as page on true \
-    order by page.listing_id, page.id"
+    " order by listing_id, id limit 10000) as examined \
+        where ($3::pg_snapshot is null or not pg_visible_in_snapshot(xact_id, $3)) and pg_visible_in_snapshot(xact_id, $4) \
+        limit $5), \
+    last as (select listing_id, id from (\
+            (select listing_id, id from public.listing_price_log where (listing_id, id) > ($1, $2) order by listing_id, id) \
+            union all (select listing_id, id from public.listing_deletion where (listing_id, id) > ($1, $2) order by listing_id, id) \
+            order by listing_id, id offset 9999 limit 1) as examined \
+        where (select count(*) from changes) < $5) \
+    select page.* from (select where not pg_is_in_recovery()) as server left join (\
+        select true as is_change, changes.* from changes \
+        union all select false, listing_id, id, null, null, null from last) as page on true \
+    order by page.listing_id, page.id, page.is_change desc"
 );
-
-/// Bounds the time of a page, however few of the rows belong to the batch.
-const WINDOW: i64 = 10_000;
 
 /// The most changes of a page, and of a poll.
 pub const MAX_PAGE: i64 = 1000;
@@ -218,7 +222,8 @@ impl Page {
                 let values: Parameters = &[&first, &last, &listing_id, &id, &limit];
                 let rows = read(SELECT_SORTED, values).await?;
                 // The first page of a batch shows its size.
-                (number(rows.first().ok_or_else(is_standby)?)? <= MAX_SORTED).then_some(rows)
+                let size: i64 = rows.first().ok_or_else(is_standby)?.try_get("size")?;
+                (size <= MAX_SORTED).then_some(rows)
             }
             _ => None,
         };
@@ -231,7 +236,7 @@ impl Page {
         };
         let mut more = false;
         if let Some(last) = rows.last().filter(|_| position.is_large) {
-            more = number(last)? == WINDOW;
+            more = last.try_get::<_, Option<bool>>("is_change")? == Some(false);
             if more {
                 (position.listing_id, position.id) =
                     (last.try_get("listing_id")?, last.try_get("id")?);
@@ -332,12 +337,6 @@ fn next_batch(seen: Option<&Snapshot>, head: &Head) -> Option<Position> {
         return Some(begin(Snapshot { end, running }));
     }
     cursor.batch
-}
-
-/// The `number` of a row. No number: there is no row.
-fn number(row: &Row) -> Result<i64, ApiError> {
-    let number: Option<i64> = row.try_get("number")?;
-    Ok(number.unwrap_or_default())
 }
 
 /// The first and last transactions of each range that one snapshot sees and an older one does not.
