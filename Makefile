@@ -48,9 +48,8 @@ psql: setup-psql ## Open psql on the database
 run: setup-run $(REFINERY) ## Start the database, migrate, build, and serve on port 8080
 	@$(MAKE) --no-print-directory migrate
 	@cargo build --release --locked
-	@url=$$(tests/db.sh login) && echo && \
-		echo 'API   http://127.0.0.1:8080' && echo "Try   curl -w '\n' http://127.0.0.1:8080/listings" && \
-		echo 'Docs  http://127.0.0.1:8080/docs' && echo 'Stop  Ctrl-C' && echo && \
+	@url=$$(tests/db.sh login) && printf '%s\n' '' 'API   http://127.0.0.1:8080' \
+		"Try   curl -w '\n' http://127.0.0.1:8080/listings" 'Docs  http://127.0.0.1:8080/docs' 'Stop  Ctrl-C' '' && \
 		DATABASE_URL=$$url LISTEN_ADDR=127.0.0.1:8080 exec target/release/listing-api
 
 .PHONY: test
