@@ -1,30 +1,36 @@
-# Two images: `service` runs the service, `migrate` runs the refinery CLI that migrates the database.
+# Two images: `service` runs the service, `migrate` runs the refinery CLI that migrates the database. Needs BuildKit.
 
 FROM rust:1.95-slim-bookworm AS build
 WORKDIR /build
-# Builds the dependencies first. Docker builds them again only if one of these three files changes.
+# Cargo.toml names the file of the tests, which no image needs.
+RUN mkdir tests && touch tests/main.rs
 COPY Cargo.toml Cargo.lock build.rs ./
-RUN mkdir -p src/api sql tests && touch src/lib.rs src/api/openapi.yaml tests/main.rs && echo 'fn main() {}' > src/main.rs \
-    && cargo build --release --locked
 COPY src src
 COPY sql sql
-# The placeholders above may be newer than the real files. Touching these makes cargo build them.
-RUN touch build.rs src/main.rs src/lib.rs && cargo build --release --locked
+# The commit that --version names.
+ARG GIT_COMMIT
+# The caches keep compiled dependencies between builds. Cargo decides by the times of files what changed, and a cache may be that
+# of another checkout. Touching these files makes Cargo always build the program itself.
+RUN --mount=type=cache,target=/usr/local/cargo/registry --mount=type=cache,target=/build/target,sharing=locked \
+    touch build.rs src/lib.rs src/main.rs && cargo build --release --locked && cp target/release/listing-api /usr/local/bin/
+# The program, the libraries that it links, and the certificate authorities that it trusts by default.
+RUN mkdir /image && ldd /usr/local/bin/listing-api | grep -o '/[^ ]*' | xargs \
+    cp --parents --dereference -t /image /usr/local/bin/listing-api /etc/ssl/certs/ca-certificates.crt
+
+FROM scratch AS service
+COPY --from=build /image /
+USER 65534:65534
+ENTRYPOINT ["/usr/local/bin/listing-api"]
 
 # The CLI uses OpenSSL for TLS, the service uses rustls.
 FROM rust:1.95-slim-bookworm AS refinery
 RUN apt-get update && apt-get install -y --no-install-recommends libssl-dev pkg-config && rm -rf /var/lib/apt/lists/*
-RUN cargo install refinery_cli --version 0.10.0 --no-default-features --features postgresql --locked --root /refinery
+RUN --mount=type=cache,target=/usr/local/cargo/registry \
+    cargo install refinery_cli --version 0.10.0 --no-default-features --features postgresql --locked --root /refinery
 
 FROM debian:bookworm-slim AS migrate
 RUN apt-get update && apt-get install -y --no-install-recommends ca-certificates libssl3 && rm -rf /var/lib/apt/lists/*
 COPY --from=refinery /refinery/bin/refinery /usr/local/bin/
 COPY sql /sql
-USER nobody
+USER 65534:65534
 ENTRYPOINT ["refinery", "migrate", "-e", "DATABASE_URL", "-p", "/sql", "-g", "-d", "-m"]
-
-FROM debian:bookworm-slim AS service
-RUN apt-get update && apt-get install -y --no-install-recommends ca-certificates && rm -rf /var/lib/apt/lists/*
-COPY --from=build /build/target/release/listing-api /usr/local/bin/
-USER nobody
-ENTRYPOINT ["listing-api"]

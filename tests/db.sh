@@ -88,7 +88,7 @@ reachable_server() {
 }
 
 compose() {
-    DB_PORT=$(cat "$home/port") POSTGRES_PASSWORD=$(cat "$home/password") SERVICE_PASSWORD=unused docker compose \
+    DB_PORT=$(cat "$home/port") POSTGRES_PASSWORD=$(cat "$home/password") docker compose \
         --file "$checkout/compose.yaml" --project-name "listing-api-$(printf %s "$home" | cksum | cut -d' ' -f1)" "$@"
 }
 
