@@ -356,7 +356,7 @@ async fn the_monthly_prune_by_pg_cron_writes_the_prices_to_a_file() {
     let written = value(&db.superuser, &format!("select pg_read_file('{file}')")).await;
     run(
         &db.superuser,
-        &format!("copy (select) to program 'rm {file}'"),
+        &format!("copy (select) to program 'cat > /dev/null && rm {file}'"),
     )
     .await;
     assert_eq!(written, PRUNED);
