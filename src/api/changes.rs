@@ -10,6 +10,7 @@ use actix_web::{HttpRequest, HttpResponse};
 use bytes::Bytes;
 use futures_util::stream;
 use tokio::sync::broadcast::error::RecvError;
+use tokio::task::yield_now;
 use tokio::time::{Instant, timeout_at};
 use tokio_postgres::Row;
 
@@ -245,12 +246,14 @@ struct Events {
     rest: Bytes,
 }
 
-/// Each connection has a copy of the chunk that it sends. A chunk has whole events.
-const CHUNK_BYTES: usize = 16 * 1024;
+/// A chunk has whole events. Each connection has a copy of the chunk that it sends, in a buffer of 8 KiB that it has anyway.
+const CHUNK_BYTES: usize = 8000;
 
 impl Events {
     /// The next chunk of the response. `None`: the response ends.
     async fn next(&mut self) -> Result<Option<Bytes>, ApiError> {
+        // Lets the connection write the last chunk. Otherwise it would copy several, into a larger buffer that it keeps.
+        yield_now().await;
         if self.rest.is_empty() {
             match self.next_events().await? {
                 Some(events) => self.rest = events,

@@ -62,8 +62,6 @@ pub struct Connection {
     parse_first: bool,
     /// How many requests had begun when the head of the next one began, and when that was.
     head: (u64, Instant),
-    /// Since when the client has read nothing of what is written.
-    stalled: Option<Instant>,
     /// May fire before a deadline. It is reset only after it fired, by at most [`READ_TIMEOUT`].
     timer: Pin<Box<Sleep>>,
     is_late: bool,
@@ -82,7 +80,6 @@ impl Connection {
             given: Given::default(),
             parse_first: false,
             head: (0, Instant::now()),
-            stalled: None,
             timer: Box::pin(sleep(READ_TIMEOUT)),
             is_late: false,
             any_origin,
@@ -196,12 +193,14 @@ impl Connection {
     ) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.socket).poll_write(cx, bytes);
         if written.is_ready() {
-            if self.stalled.take().is_some() {
+            if self.exchange.stalled.take().is_some() {
                 cx.waker().wake_by_ref();
             }
             return written;
         }
-        let deadline = *self.stalled.get_or_insert_with(Instant::now) + STALL_TIMEOUT;
+        let stalled = self.exchange.stalled.get().unwrap_or_else(Instant::now);
+        self.exchange.stalled.set(Some(stalled));
+        let deadline = stalled + STALL_TIMEOUT;
         loop {
             ready!(self.timer.as_mut().poll(cx));
             let now = Instant::now();
@@ -264,7 +263,7 @@ impl AsyncRead for Connection {
                 return Poll::Pending;
             }
             // A client that does not read gets no more requests served. The next write wakes the task.
-            if connection.stalled.is_some() {
+            if connection.exchange.stalled.get().is_some() {
                 return Poll::Pending;
             }
             if connection.exchange.is_held() {

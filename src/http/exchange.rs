@@ -12,6 +12,7 @@ use actix_web::body::{BodySize, MessageBody};
 use actix_web::http::header;
 use bytes::Bytes;
 use pin_project_lite::pin_project;
+use tokio::time::Instant;
 
 use super::access_log::Entry;
 
@@ -28,6 +29,8 @@ pub struct Exchange {
     is_receiving: Cell<bool>,
     /// The connection that holds back what the client sent ahead.
     held: Cell<Option<Waker>>,
+    /// Since when the client has read nothing of what is written.
+    pub stalled: Cell<Option<Instant>>,
 }
 
 /// A request is served until this is dropped.
@@ -159,6 +162,11 @@ impl<B: MessageBody> MessageBody for Served<B> {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Bytes, Self::Error>>> {
         let this = self.project();
+        let exchange = this.serving.as_ref().map(|serving| &serving.0);
+        // A client that does not read gets no more chunks. The next write wakes the task.
+        if exchange.is_some_and(|exchange| exchange.stalled.get().is_some()) {
+            return Poll::Pending;
+        }
         let polled = this.body.poll_next(cx).map_err(Into::<Self::Error>::into);
         match &polled {
             Poll::Ready(Some(Ok(chunk))) => this.entry.bytes += chunk.len(),
