@@ -58,7 +58,7 @@ run: setup-run $(REFINERY) ## Start the database, migrate, build, and serve on p
 .PHONY: test
 # Some tests open a thousand connections, and many machines allow a process 1,024 files.
 test: setup-test $(REFINERY) ## Run all tests, or those in TESTS='name ...' or TESTS=sql; PG=18 runs them on PostgreSQL 18
-	@ulimit -S -n 4096 && skips=$$(tests/setup.sh skips) && export PG_SETTINGS='-c fsync=off' && url=$$(tests/db.sh up) && \
+	@{ [ "$$(ulimit -S -n)" = unlimited ] || [ "$$(ulimit -S -n)" -ge 4096 ] || ulimit -S -n 4096; } && skips=$$(tests/setup.sh skips) && export PG_SETTINGS='-c fsync=off' && url=$$(tests/db.sh up) && \
 		DATABASE_URL=$$url REFINERY="$(CURDIR)/$(REFINERY)" \
 		cargo test --locked -- $$skips $(patsubst sql,$(SQL_TESTS),$(TESTS)); \
 		status=$$?; tests/setup.sh skips >/dev/null; exit $$status
@@ -161,7 +161,7 @@ $(PYTHON_CLIENT):
 	@python3 -m pip install --quiet --target .tools/openapi-python-client-0.29.1 \
 		openapi-python-client==0.29.1 mypy==2.4.1
 
-# Unpacked only, because an installed package starts a server.
+# Only unpacked, because an installed package starts a server.
 $(PROMETHEUS):
 	@command -v apt-get >/dev/null || { echo 'make monitoring needs Prometheus with promtool: install it first.'; exit 1; }
 	@echo 'Unpacking Prometheus, a package of Debian and Ubuntu, in .tools.'

@@ -51,7 +51,7 @@ pub const SETTINGS: [Setting; 22] = [
     setting("SHUTDOWN_DELAY_MS", "delay between SIGTERM and closing the listener", "0"),
     setting("SHUTDOWN_TIMEOUT_MS", "time limit for requests in flight, after that delay", "30000"),
     setting("CORS_ORIGINS", "origins whose pages may use the API, separated by commas", "*"),
-    setting("TRUSTED_PROXIES", "addresses and networks whose X-Forwarded-For the log believes, separated by commas", "none"),
+    setting("TRUSTED_PROXIES", "proxies (addresses or networks) whose X-Forwarded-For names the client in the log, separated by commas", "none"),
     setting("LOG_FORMAT", "text, or json (each line is an object)", "text"),
     setting("RUST_LOG", "log filter, in the syntax of env_logger", "info,actix_server=warn,actix_http=off"),
 ];
@@ -378,6 +378,9 @@ fn network(text: &str) -> Option<Network> {
         Some((address, prefix)) => (address, Some(prefix.parse().ok()?)),
     };
     let address: IpAddr = address.parse().ok()?;
+    if address != address.to_canonical() {
+        return None;
+    }
     let bits = if address.is_ipv4() { 32 } else { 128 };
     let prefix = prefix.unwrap_or(bits);
     (prefix <= bits).then_some(Network { address, prefix })

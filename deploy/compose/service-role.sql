@@ -1,4 +1,4 @@
--- The login role of the service. compose.yaml runs this after each migration, with the password in the environment.
+-- The login role of the service. `docker compose up` runs this after the migration, with the password in the environment.
 \getenv password PASSWORD
 select 'create role listing_service in role listing_api' where to_regrole('listing_service') is null \gexec
 alter role listing_service login password :'password';

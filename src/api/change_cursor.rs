@@ -133,6 +133,10 @@ impl Cursor {
 
     /// `None`: the text was not made by [`encode`](Self::encode).
     pub fn decode(text: &str) -> Option<Self> {
+        // A forged one could name many more transactions, and take PostgreSQL long.
+        if text.len() > 8 * MAX_LENGTH {
+            return None;
+        }
         let bytes = URL_SAFE_NO_PAD.decode(text).ok()?;
         let (mut bytes, check) = bytes.split_at_checked(bytes.len().checked_sub(CHECK_BYTES)?)?;
         if !Sha256::digest(bytes).starts_with(check) {
@@ -228,7 +232,8 @@ fn snapshot(end: u64, running: [&[Xid]; 2]) -> Option<Snapshot> {
     let mut running = running.concat();
     running.sort_unstable();
     let end = Xid(end);
-    let is_valid = end.0 >= FIRST_XID && running.last().is_none_or(|last| *last < end);
+    let is_ascending = running.iter().chain([&end]).is_sorted_by(|a, b| a < b);
+    let is_valid = end.0 >= FIRST_XID && is_ascending;
     is_valid.then_some(Snapshot { end, running })
 }
 
@@ -301,6 +306,18 @@ mod tests {
             listing_id: -7,
             id: i64::MIN,
         }
+    }
+
+    #[test]
+    fn a_forged_cursor_with_very_many_transactions_is_refused() {
+        let forged = |running: &[u64]| cursor(Some(snapshot(1_000_000, running)), None).encode();
+        let many = |count| {
+            (0..count)
+                .map(|number| 1000 + 2 * number)
+                .collect::<Vec<_>>()
+        };
+        assert!(Cursor::decode(&forged(&many(1000))).is_some());
+        assert!(Cursor::decode(&forged(&many(45_000))).is_none());
     }
 
     #[test]
