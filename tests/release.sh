@@ -7,6 +7,7 @@ problem() { echo "release: $*" >&2; problems=$((problems + 1)); }
 
 [ -z "$(git status --porcelain)" ] || problem 'the checkout has changes that are not committed'
 grep -qx "  version: $version" src/api/openapi.yaml || problem "src/api/openapi.yaml does not have the version of Cargo.toml, $version"
+grep -q "newTag: $version}" docs/deploying.md || problem "docs/deploying.md does not name the images of $version"
 grep -qEx "## $version - [0-9]{4}-[0-9]{2}-[0-9]{2}" CHANGELOG.md ||
     problem "CHANGELOG.md has no heading '## $version - <year>-<month>-<day>'"
 tag=$(git describe --tags --exact-match 2>/dev/null || echo "v$version")
