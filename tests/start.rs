@@ -498,13 +498,15 @@ fn version() -> String {
     };
     match std::env::var("GIT_COMMIT") {
         Ok(given) if !given.is_empty() => assert!(given.starts_with(commit), "{version}"),
-        _ if in_checkout(".git").exists() && git(&["rev-parse"]).is_ok() => {
+        _ if in_checkout(".git").exists()
+            && git(&["rev-parse"]).is_ok_and(|output| output.status.success()) =>
+        {
             assert_eq!(commit.len(), 8, "{version}");
             // A commit may have been added since the build.
             let ancestor = git(&["merge-base", "--is-ancestor", commit, "HEAD"]);
             assert!(ancestor.expect("run git").status.success(), "{version}");
         }
-        // A machine without git has no commit to name.
+        // Without git or a repository that it accepts, there is no commit to name.
         _ => assert_eq!(commit, "unknown"),
     }
     let newest = migration_names().pop().expect("a migration");

@@ -211,8 +211,10 @@ fn running_in(seen: Option<&Snapshot>, until: Option<&Snapshot>) -> [Vec<Xid>; 3
     [in_seen, in_both, in_until]
 }
 
-/// The lowest number that PostgreSQL gives to a transaction.
-const FIRST_XID: u64 = 3;
+/// Whether PostgreSQL gives this number to a transaction. Of each four billion, it leaves out the first three.
+fn is_xid(number: u64) -> bool {
+    number & 0xffff_ffff >= 3
+}
 
 fn take_running(bytes: &mut &[u8], start: u64) -> Option<Vec<Xid>> {
     let count = take(bytes)?;
@@ -220,7 +222,7 @@ fn take_running(bytes: &mut &[u8], start: u64) -> Option<Vec<Xid>> {
     let mut above = start;
     for _ in 0..count {
         let below = take(bytes).filter(|difference| *difference > 0)?;
-        above = above.checked_sub(below).filter(|xid| *xid >= FIRST_XID)?;
+        above = above.checked_sub(below).filter(|xid| is_xid(*xid))?;
         running.push(Xid(above));
     }
     running.reverse();
@@ -233,7 +235,7 @@ fn snapshot(end: u64, running: [&[Xid]; 2]) -> Option<Snapshot> {
     running.sort_unstable();
     let end = Xid(end);
     let is_ascending = running.iter().chain([&end]).is_sorted_by(|a, b| a < b);
-    let is_valid = end.0 >= FIRST_XID && is_ascending;
+    let is_valid = is_xid(end.0) && is_ascending;
     is_valid.then_some(Snapshot { end, running })
 }
 
@@ -309,6 +311,15 @@ mod tests {
     }
 
     #[test]
+    fn a_forged_cursor_with_a_number_of_no_transaction_is_refused() {
+        for end in [0, 2, 1 << 32, (1 << 32) + 2] {
+            assert!(Cursor::decode(&cursor(Some(snapshot(end, &[])), None).encode()).is_none());
+            let running = cursor(Some(snapshot(1 << 40 | 9, &[end])), None);
+            assert!(Cursor::decode(&running.encode()).is_none());
+        }
+    }
+
+    #[test]
     fn a_forged_cursor_with_very_many_transactions_is_refused() {
         let forged = |running: &[u64]| cursor(Some(snapshot(1_000_000, running)), None).encode();
         let many = |count| {
@@ -322,7 +333,10 @@ mod tests {
 
     #[test]
     fn a_cursor_is_decoded_as_it_was_encoded() {
-        let (older, newer) = (snapshot(900, &[3, 400, 899]), snapshot(1 << 35, &[899]));
+        let (older, newer) = (
+            snapshot(900, &[3, 400, 899]),
+            snapshot((1 << 35) + 7, &[899]),
+        );
         for cursor in [
             cursor(Some(older.clone()), None),
             cursor(Some(older.clone()), Some(position(newer.clone(), false))),

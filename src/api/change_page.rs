@@ -285,24 +285,32 @@ impl Page {
         }
     }
 
-    /// The changes as server-sent events, each with the cursor behind it.
+    /// The changes as server-sent events, with the cursor behind each. A long cursor comes behind several changes only: it has at most
+    /// twice the bytes of these.
     pub fn events(&self) -> Bytes {
         let render = || {
             let mut text = String::with_capacity(self.changes.len() * 300);
             let mut cursor = self.batch.clone();
+            let id_length = self.next.encode().len().max(cursor.encode().len());
+            let mut without_id = 0;
             for (index, change) in self.changes.iter().enumerate() {
                 if let Some(position) = &mut cursor.batch {
                     (position.listing_id, position.id) = (change.listing_id, change.id);
                 }
                 let is_last = index + 1 == self.changes.len();
-                let id = if is_last { &self.next } else { &cursor }.encode();
+                without_id += change.json.len();
+                if is_last || without_id * 2 >= id_length {
+                    without_id = 0;
+                    let id = if is_last { &self.next } else { &cursor }.encode();
+                    text.extend(["id: ", &id, "\n"]);
+                }
                 let event = if change.is_deletion {
                     "deletion"
                 } else {
                     "price"
                 };
                 // Writing to a string cannot fail.
-                let _ = write!(text, "id: {id}\nevent: {event}\ndata: {}\n\n", change.json);
+                let _ = write!(text, "event: {event}\ndata: {}\n\n", change.json);
             }
             text.into()
         };
@@ -362,8 +370,9 @@ fn between(seen: &Snapshot, until: &Snapshot) -> (Vec<Xid>, Vec<Xid>) {
 #[cfg(test)]
 mod tests {
     use std::iter;
+    use std::sync::OnceLock;
 
-    use super::{Cursor, Epoch, Head, Snapshot, Xid, between, next_batch};
+    use super::{Change, Cursor, Epoch, Head, Page, Position, Snapshot, Xid, between, next_batch};
 
     /// Below 2^31, the most that PostgreSQL allows between a running transaction and the next one.
     const FAR: u64 = 2_140_000_000;
@@ -448,5 +457,60 @@ mod tests {
         // Evenly, as far as PostgreSQL allows.
         let evenly = |end| snapshot(end, || FAR / 300);
         assert_eq!(batches(&evenly(3 * FAR), &evenly(5 * FAR)).len(), 2);
+    }
+
+    /// A page of 1,000 changes, in a batch with so many running transactions.
+    fn page(running: u64) -> Page {
+        let cursor = Cursor {
+            epoch: Epoch {
+                database: 1,
+                timeline: 1,
+                position: 1,
+                recovered: 0,
+            },
+            seen: None,
+            batch: Some(Position {
+                until: Snapshot {
+                    end: Xid(1_000_000),
+                    running: (0..running).map(|number| Xid(1000 + 2 * number)).collect(),
+                },
+                is_large: true,
+                listing_id: 1,
+                id: 1,
+            }),
+        };
+        let change = |id| Change {
+            listing_id: 1,
+            id,
+            is_deletion: false,
+            json: "x".repeat(100),
+        };
+        Page {
+            changes: (1..=1000).map(change).collect(),
+            next: cursor.clone(),
+            batch: cursor,
+            events: OnceLock::new(),
+        }
+    }
+
+    fn ids(events: &[u8]) -> usize {
+        let events = str::from_utf8(events).expect("UTF-8");
+        events
+            .lines()
+            .filter(|line| line.starts_with("id: "))
+            .count()
+    }
+
+    #[test]
+    fn each_event_has_a_short_cursor() {
+        assert_eq!(ids(&page(20).events()), 1000);
+    }
+
+    #[test]
+    fn long_cursors_do_not_multiply_the_bytes_of_a_page() {
+        let events = page(11_900).events();
+        assert!(ids(&events) > 1);
+        assert!(events.len() < 450_000, "{} bytes", events.len());
+        assert!(events.ends_with(b"x\n\n"));
     }
 }
