@@ -58,7 +58,8 @@ run: setup-run $(REFINERY) ## Start the database, migrate, build, and serve on p
 .PHONY: test
 # Some tests open a thousand connections, and many machines allow a process 1,024 files.
 test: setup-test $(REFINERY) ## Run all tests, or those in TESTS='name ...' or TESTS=sql; PG=18 runs them on PostgreSQL 18
-	@{ [ "$$(ulimit -S -n)" = unlimited ] || [ "$$(ulimit -S -n)" -ge 4096 ] || ulimit -S -n 4096; } && skips=$$(tests/setup.sh skips) && export PG_SETTINGS='-c fsync=off' && url=$$(tests/db.sh up) && \
+	@{ [ "$$(ulimit -S -n)" = unlimited ] || [ "$$(ulimit -S -n)" -ge 4096 ] || ulimit -S -n 4096; } && \
+		skips=$$(tests/setup.sh skips) && export PG_SETTINGS='-c fsync=off' && url=$$(tests/db.sh up) && \
 		DATABASE_URL=$$url REFINERY="$(CURDIR)/$(REFINERY)" \
 		cargo test --locked -- $$skips $(patsubst sql,$(SQL_TESTS),$(TESTS)); \
 		status=$$?; tests/setup.sh skips >/dev/null; exit $$status

@@ -5,7 +5,7 @@ use std::net::TcpStream;
 
 use serde_json::{Value, json};
 
-use crate::support::{Database, LOFT, Service, command, printed, run};
+use crate::support::{Connection, Database, LOFT, Service, command, printed, run};
 
 /// The object of the request with this id, without the time and the duration, which it checks.
 fn object(service: &Service, id: &str) -> Value {
@@ -269,7 +269,7 @@ async fn a_client_of_an_ipv6_listener_is_logged_with_its_ipv4_address() {
     ];
     let service = Service::start_with(&settings).await;
     let address = service.address.replace("[::]", "127.0.0.1");
-    let mut connection = crate::support::Connection::to(&address);
+    let mut connection = Connection::to(&address);
     let response = connection.send("GET", "/listings/1", "x-forwarded-for: 192.0.2.1\r\n", "");
     let id = response.header("x-request-id").expect("a request id");
     assert_eq!(object(&service, id)["client"], "192.0.2.1");

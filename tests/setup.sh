@@ -105,7 +105,7 @@ has() {
     esac
 }
 
-# Prints those of the names that this machine lacks.
+# Prints the names of what this machine lacks, out of those given.
 lacking() { for name; do has "$name" || printf '%s ' "$name"; done; }
 
 # Prints field $1 of what is known about the other names: 1 what to call them, 2 and 3 their packages.

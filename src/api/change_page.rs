@@ -285,8 +285,8 @@ impl Page {
         }
     }
 
-    /// The changes as server-sent events, with the cursor behind each. A long cursor comes behind several changes only: it has at most
-    /// twice the bytes of these.
+    /// The changes as server-sent events, with the cursor behind each. If cursors are long, only some events have one, so that a
+    /// cursor has at most twice the bytes of the changes before it.
     pub fn events(&self) -> Bytes {
         let render = || {
             let mut text = String::with_capacity(self.changes.len() * 300);

@@ -56,7 +56,7 @@ impl Line<'_> {
     }
 }
 
-/// A request that gets its response. When this is dropped, after the last byte, it writes the line.
+/// A request that gets its response. Writes the line when it is dropped, after the last chunk of the response.
 pub struct Entry {
     pub request: HttpRequest,
     pub id: HeaderValue,
@@ -78,7 +78,7 @@ impl Drop for Entry {
             method: Some(request.method().as_str()),
             path: Some(path.map_or(request.path(), |path| path.as_str())),
             status: self.status,
-            // Such a body is made, but not sent.
+            // HEAD has a body here too, but it is not sent.
             bytes: match *request.method() {
                 Method::HEAD => 0,
                 _ => self.bytes,

@@ -131,7 +131,7 @@ impl Drop for Receiving {
 }
 
 pin_project! {
-    /// The body of a response. With it, the serving of its request ends and the log gets its line.
+    /// The body of a response. When it is dropped, its request is no longer served, and the log gets a line.
     pub struct Served<B> {
         #[pin]
         body: B,
