@@ -39,10 +39,12 @@ pub async fn run(check_only: bool) -> Result<()> {
     if check_only {
         ensure!(warnings.is_empty(), "{}", warnings.join("\n"));
         let auth = settings.auth;
-        println!(
-            "{}\nsettings, database and schema are valid; {auth}",
-            servers.join("\n")
-        );
+        let valid = if settings.sharding_proxy {
+            "the settings are valid, and the proxy answers: check each of its servers with SHARDING_PROXY=off"
+        } else {
+            "settings, database and schema are valid"
+        };
+        println!("{}\n{valid}; {auth}", servers.join("\n"));
         return Ok(());
     }
     for warning in warnings {
@@ -106,10 +108,10 @@ fn serve_api(
     // Called once for each worker, on its thread.
     let service = move || {
         let database = cluster.for_worker();
-        let (feed, auth) = (feed.clone(), settings.auth);
+        let feed = feed.clone();
         let app = App::new()
             .app_data(settings.clone())
-            .configure(|config| api::configure(config, database, feed, auth))
+            .configure(|config| api::configure(config, database, feed, &settings))
             .wrap(Compress::default())
             .wrap(from_fn(middleware));
         let stop_signal = stop_signal.clone();

@@ -31,12 +31,13 @@ const fn setting(name: &'static str, meaning: &'static str, default: &'static st
 }
 
 #[rustfmt::skip]
-pub const SETTINGS: [Setting; 22] = [
+pub const SETTINGS: [Setting; 24] = [
     setting("DATABASE_URL", "postgres://user:password@host:port/database; for several hosts host:port,host:port/database?target_session_attrs=read-write", "required, or DATABASE_URL_FILE"),
     setting("DATABASE_READ_URL", "read replicas, in the same form", "none"),
     setting("DATABASE_URL_FILE", "file that contains the DATABASE_URL", "none"),
     setting("DATABASE_READ_URL_FILE", "file that contains the DATABASE_READ_URL", "none"),
     setting("DATABASE_PASSWORD_FILE", "file that contains the password, if the URLs have none", "none"),
+    setting("SHARDING_PROXY", "on if DATABASE_URL is a proxy in front of several databases with ranges of listings", "off"),
     setting("REPLICA_LAG_MS", "maximum lag of a replica that may answer reads", "5000"),
     setting("DATABASE_CA_FILE", "PEM file of the certificate authorities for TLS to the database", "authorities of the system"),
     setting("LISTEN_ADDR", "address and port of the API", "127.0.0.1:8080"),
@@ -46,6 +47,7 @@ pub const SETTINGS: [Setting; 22] = [
     setting("POOL_SIZE", "pooled connections per server for writes and lists, divided among the workers", "4 per worker, at least 16"),
     setting("POOL_WAIT_MS", "queue timeout per stage: unavailable primary, connection pool, row queue", "2000"),
     setting("QUEUE_SIZE", "maximum number of waiting requests per worker, for each queue", "5000"),
+    setting("BATCH_SIZE", "maximum number of reads by id that share one statement", "64, or 1 with SHARDING_PROXY=on"),
     setting("CONNECT_TIMEOUT_MS", "timeout for connecting to a database server", "3000"),
     setting("STATEMENT_TIMEOUT_MS", "timeout for a statement", "5000"),
     setting("SHUTDOWN_DELAY_MS", "delay between SIGTERM and closing the listener", "0"),
@@ -89,6 +91,8 @@ pub struct Settings {
     pub pool_size: usize,
     pub pool_wait: Duration,
     pub queue_size: usize,
+    pub batch_size: usize,
+    pub sharding_proxy: bool,
     pub connect_timeout: Duration,
     pub statement_timeout: Duration,
     pub shutdown_delay: Duration,
@@ -127,10 +131,21 @@ impl Settings {
         let workers = count("WORKERS", cores.min(8))?;
         let ca_file = path("DATABASE_CA_FILE");
         let database = |name| database(name, ca_file.is_some());
+        let replicas = database("DATABASE_READ_URL")?.unwrap_or_default();
+        let sharding_proxy = sharding_proxy()?;
+        ensure!(
+            !sharding_proxy || replicas.is_empty(),
+            "SHARDING_PROXY=on and DATABASE_READ_URL is set: unset it, and let the proxy read from replicas"
+        );
+        let batch_size = count("BATCH_SIZE", if sharding_proxy { 1 } else { 64 })?;
+        ensure!(
+            !sharding_proxy || batch_size == 1,
+            "SHARDING_PROXY=on and BATCH_SIZE={batch_size}: unset BATCH_SIZE, a statement must name one listing"
+        );
         Ok(Self {
             database: database("DATABASE_URL")?
                 .with_context(|| format!("DATABASE_URL is not set: {URL_FORM}"))?,
-            replicas: database("DATABASE_READ_URL")?.unwrap_or_default(),
+            replicas,
             replica_lag: milliseconds("REPLICA_LAG_MS", 1)?,
             ca_file,
             listen,
@@ -141,6 +156,8 @@ impl Settings {
             pool_size: count("POOL_SIZE", (4 * workers).clamp(16, 10_000))?,
             pool_wait: milliseconds("POOL_WAIT_MS", 1)?,
             queue_size: count("QUEUE_SIZE", default_of("QUEUE_SIZE").parse()?)?,
+            batch_size,
+            sharding_proxy,
             connect_timeout: milliseconds("CONNECT_TIMEOUT_MS", 1)?,
             statement_timeout: milliseconds("STATEMENT_TIMEOUT_MS", 1)?,
             shutdown_delay: milliseconds("SHUTDOWN_DELAY_MS", 0)?,
@@ -331,6 +348,14 @@ fn auth(listen: SocketAddr) -> Result<AuthMode> {
             "AUTH is not set, but LISTEN_ADDR={listen} can be reached from other machines: {CHOICES}"
         ),
         Some(value) => bail!("AUTH={value} is invalid: {CHOICES}"),
+    }
+}
+
+fn sharding_proxy() -> Result<bool> {
+    match value("SHARDING_PROXY")?.as_deref() {
+        None | Some("off") => Ok(false),
+        Some("on") => Ok(true),
+        Some(value) => bail!("SHARDING_PROXY={value} is invalid: must be on or off"),
     }
 }
 

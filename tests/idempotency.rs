@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use crate::support::{
     Cluster, Connection, JSON, LOFT, Link, Response, Service, TWO_SECONDS, WAITING, bearer,
-    create_administrator_key, create_key, refusal, run, through, value, within,
+    create_administrator_key, create_key, refusal, run, synchronous_pair, through, value, within,
 };
 
 fn keyed(key: &str) -> String {
@@ -182,6 +182,26 @@ async fn repetitions_of_a_key_that_wait_leave_connections_for_others() {
         .iter_mut()
         .map(|client| client.receive("POST", "/listings").id());
     assert_eq!(ids.collect::<BTreeSet<_>>().len(), 1);
+}
+
+#[tokio::test]
+async fn a_repetition_waits_for_the_standby_that_lacks_the_listing() {
+    let (primary, standby) = synchronous_pair().await;
+    let service = Service::start_at(&primary.url, &[("STATEMENT_TIMEOUT_MS", "500")]);
+    let post = || post(&service, &keyed("a"), LOFT);
+    standby.call("stop");
+    assert_eq!(post().status, 503);
+    // After a crash, PostgreSQL shows the row whose commit was still waiting.
+    primary.kill();
+    primary.call("up");
+    within(Duration::from_secs(20), "a read", || {
+        service.get("/listings/1").status == 200
+    });
+    assert_eq!(post().status, 503);
+    standby.call("up");
+    within(Duration::from_secs(20), "a repetition", || {
+        post().status == 201
+    });
 }
 
 #[tokio::test]

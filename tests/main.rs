@@ -28,6 +28,7 @@ mod restore;
 mod roles;
 mod rollout;
 mod setup;
+mod sharding;
 mod start;
 mod support;
 mod truth;

@@ -23,6 +23,27 @@ fn assert_refuses(mut command: Command, sentence: &str) {
 }
 
 #[test]
+fn behind_a_sharding_proxy_batches_and_replicas_are_refused() {
+    for (name, value, sentence) in [
+        (
+            "BATCH_SIZE",
+            "2",
+            "SHARDING_PROXY=on and BATCH_SIZE=2: unset BATCH_SIZE, a statement must name one listing",
+        ),
+        (
+            "DATABASE_READ_URL",
+            "postgres://h/d",
+            "SHARDING_PROXY=on and DATABASE_READ_URL is set: unset it, and let the proxy read from replicas",
+        ),
+    ] {
+        let mut command = command("postgres://h/d");
+        command.env("SHARDING_PROXY", "on").env(name, value);
+        let printed = printed(&command.output().expect("run the program"));
+        assert!(printed.contains(sentence), "{printed}");
+    }
+}
+
+#[test]
 #[expect(clippy::too_many_lines, reason = "one table of all settings")]
 fn an_invalid_setting_is_reported_with_its_value_and_the_valid_form() {
     for (name, value, sentence) in [
@@ -90,6 +111,16 @@ fn an_invalid_setting_is_reported_with_its_value_and_the_valid_form() {
             "POOL_SIZE",
             "many",
             "POOL_SIZE=many is invalid: must be an integer from 1 to 10000, such as ",
+        ),
+        (
+            "BATCH_SIZE",
+            "0",
+            "BATCH_SIZE=0 is invalid: must be an integer from 1 to 10000, such as ",
+        ),
+        (
+            "SHARDING_PROXY",
+            "yes",
+            "SHARDING_PROXY=yes is invalid: must be on or off",
         ),
         (
             "POOL_WAIT_MS",

@@ -2,20 +2,20 @@
 //!
 //! The key goes no further than this file, and its hash only to PostgreSQL.
 
-use std::error::Error;
+use std::error::Error as StdError;
 use std::fmt;
 
 use actix_web::HttpRequest;
 use actix_web::http::header::{self, HeaderMap};
-use actix_web::web::Payload;
+use actix_web::web::{Data, Payload};
 use bytes::{Bytes, BytesMut};
 use sha2::{Digest, Sha256};
 use tokio_postgres::types::{FromSql, IsNull, ToSql, Type, accepts, to_sql_checked};
 
 use crate::http::body;
 use crate::http::error::ApiError;
-use crate::postgres::{Database, Key, Lookup};
-use crate::settings::AuthMode;
+use crate::postgres::{Database, Error, Key, Lookup, LookupSql, Parameters, Rows};
+use crate::settings::{AuthMode, Settings};
 
 /// Who a write is for.
 pub struct Writer {
@@ -25,16 +25,42 @@ pub struct Writer {
     pub actor: Option<String>,
 }
 
-/// `None`: no key is needed.
-pub struct Auth(Option<Lookup<KeyHash>>);
+/// What the write is about. A sharding proxy sends the lookup of the key to the same server, so no other one has to be up.
+pub enum Subject<'a> {
+    Listing(i32),
+    /// The idempotency key of a new listing, or a random text.
+    New(&'a str),
+}
 
-pub const SELECT_KEYS: &str = "select key_sha256, id, owner from public.find_api_keys($1)";
+pub struct Auth(Keys);
+
+enum Keys {
+    /// No key is needed.
+    Off,
+    Batched(Lookup<KeyHash>),
+    /// Behind a sharding proxy.
+    Routed(Data<Database>),
+}
+
+pub const SELECT_KEYS: LookupSql = LookupSql {
+    one: "select key_sha256, id, owner from public.find_api_keys(array[$1::bytea])",
+    many: "select key_sha256, id, owner from public.find_api_keys($1)",
+};
+
+/// The proxy reads the first query, which PostgreSQL does not run.
+const SELECT_KEY_AT_LISTING: &str = "with subject as (select from public.listing where id = $2) \
+    select key_sha256, id, owner from public.find_api_keys(array[$1::bytea])";
+const SELECT_KEY_AT_NEW: &str = "with subject as (select from public.idempotency_key where key = $2) \
+    select key_sha256, id, owner from public.find_api_keys(array[$1::bytea])";
 
 impl Auth {
     /// Keys are looked up on the primary alone. A replica may not know new keys and revocations yet.
-    pub fn new(database: &Database, mode: AuthMode) -> Self {
-        let lookup = || database.lookup_on_primary(SELECT_KEYS);
-        Self((mode == AuthMode::Keys).then(lookup))
+    pub fn new(database: &Data<Database>, settings: &Settings) -> Self {
+        Self(match settings.auth {
+            AuthMode::Off => Keys::Off,
+            AuthMode::Keys if settings.sharding_proxy => Keys::Routed(database.clone()),
+            AuthMode::Keys => Keys::Batched(database.lookup_on_primary(SELECT_KEYS)),
+        })
     }
 
     /// The writer of a request, and its body.
@@ -42,13 +68,14 @@ impl Auth {
         &self,
         request: &HttpRequest,
         payload: Payload,
+        subject: Subject<'_>,
     ) -> Result<(Writer, Bytes), ApiError> {
         // Looked up after the body has arrived, so that a revocation counts as late as possible.
         let body = body::read(request, payload).await;
-        let Some(keys) = &self.0 else {
+        if matches!(self.0, Keys::Off) {
             let (owner, actor) = (None, None);
             return Ok((Writer { owner, actor }, body?));
-        };
+        }
         let key = bearer(request.headers())?;
         let body = match body {
             // The connection closes after this error. There is no time for the lookup.
@@ -56,7 +83,7 @@ impl Auth {
             body => body,
         };
         let hash = KeyHash(Sha256::digest(key).into());
-        let rows = keys.get(hash, |_| true).await?;
+        let rows = self.find(hash, subject).await?;
         let row = rows
             .first()
             .ok_or_else(|| ApiError::unauthorized("the key is not valid"))?;
@@ -68,6 +95,24 @@ impl Auth {
         };
         let actor = Some(actor);
         Ok((Writer { owner, actor }, body?))
+    }
+
+    async fn find(&self, hash: KeyHash, subject: Subject<'_>) -> Result<Rows, Error> {
+        let rows = match (&self.0, subject) {
+            (Keys::Off, _) => Vec::new(),
+            (Keys::Batched(lookup), _) => return lookup.get_on_primary(hash).await,
+            (Keys::Routed(database), Subject::Listing(id)) => {
+                let values: Parameters = &[&hash, &id];
+                database
+                    .read_on_primary(SELECT_KEY_AT_LISTING, values)
+                    .await?
+            }
+            (Keys::Routed(database), Subject::New(key)) => {
+                let values: Parameters = &[&hash, &key];
+                database.read_on_primary(SELECT_KEY_AT_NEW, values).await?
+            }
+        };
+        Ok(Rows::new(rows))
     }
 }
 
@@ -112,7 +157,7 @@ impl ToSql for KeyHash {
         &self,
         kind: &Type,
         out: &mut BytesMut,
-    ) -> Result<IsNull, Box<dyn Error + Sync + Send>> {
+    ) -> Result<IsNull, Box<dyn StdError + Sync + Send>> {
         self.0.as_slice().to_sql(kind, out)
     }
 
@@ -121,7 +166,7 @@ impl ToSql for KeyHash {
 }
 
 impl FromSql<'_> for KeyHash {
-    fn from_sql(kind: &Type, raw: &[u8]) -> Result<Self, Box<dyn Error + Sync + Send>> {
+    fn from_sql(kind: &Type, raw: &[u8]) -> Result<Self, Box<dyn StdError + Sync + Send>> {
         Ok(Self(<&[u8]>::from_sql(kind, raw)?.try_into()?))
     }
 

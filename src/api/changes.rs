@@ -20,15 +20,22 @@ use super::change_page::{Change, Head, MAX_PAGE, Page};
 use crate::http::error::ApiError;
 use crate::http::query::Query;
 use crate::postgres::{Database, Error, Parameters};
+use crate::settings::Settings;
 
 /// Keeps the connection alive and the cursor of an idle client fresh.
 const EVENTS_KEEP_ALIVE: Duration = Duration::from_secs(15);
 
 pub async fn list(
     request: HttpRequest,
+    settings: Data<Settings>,
     database: Data<Database>,
     feed: Data<Feed>,
 ) -> Result<HttpResponse, ApiError> {
+    if settings.sharding_proxy {
+        // Each server has transaction numbers of its own.
+        let cause = "SHARDING_PROXY=on: an instance at the server itself must serve its changes";
+        return Err(Error::unavailable(cause).into());
+    }
     let mut query = Query::parse(&request)?;
     let limit = query.limit()?.unwrap_or(MAX_PAGE);
     let wait = query.wait()?;

@@ -9,13 +9,14 @@ use sha2::{Digest, Sha256};
 use tokio_postgres::Row;
 use tokio_postgres::types::ToSql;
 
-use super::auth::{Auth, Writer};
+use super::auth::{Auth, Subject, Writer};
 use super::listing_filter::Filter;
 use super::listing_input::Input;
 use crate::http::error::ApiError;
 use crate::http::query::Query;
 use crate::http::{body, conditional, json_array};
-use crate::postgres::{Database, ErrorKind, Lookup, Parameters, Rows, Value};
+use crate::postgres::{Database, ErrorKind, Lookup, LookupSql, Parameters, Rows, Value};
+use crate::settings::Settings;
 use crate::types::euros::Euros;
 use crate::types::timestamp::Timestamp;
 
@@ -114,6 +115,11 @@ pub fn parse_id(text: &str) -> Result<i32, ApiError> {
     id.ok_or_else(|| not_found(text))
 }
 
+/// The subject of a write to this path. The key is verified before the id.
+fn subject(path: &str) -> Subject<'_> {
+    parse_id(path).map_or(Subject::New(path), Subject::Listing)
+}
+
 /// An expression that sets `listing.actor` for this transaction before it returns its value. So the actor is known before any
 /// trigger of the row fires. A trigger before the statement sees none: it fires before any expression is evaluated.
 macro_rules! with_actor {
@@ -144,22 +150,40 @@ macro_rules! insert {
     };
 }
 
-const INSERT: &str = insert!();
+/// A query that PostgreSQL does not run, because nothing refers to it. A sharding proxy reads it, and sends all statements with
+/// the same key to the same server.
+macro_rules! with_key {
+    ($key:literal) => {
+        concat!(
+            "with subject as (select from public.idempotency_key where key = ",
+            $key,
+            ")"
+        )
+    };
+}
+
+/// Without an idempotency key, the key is a random text, or empty if there is no such proxy.
+const INSERT: &str = concat!(with_key!("$15"), " ", insert!());
 
 /// Fails if the key exists. Then neither of both rows is inserted.
 const INSERT_ONCE: &str = concat!(
-    "with created as (",
+    with_key!("$15"),
+    ", created as (",
     insert!(),
     "), remembered as (insert into public.idempotency_key (owner, key, body_sha256, listing_id) \
      select $13, $15, $16, id from created) select * from created"
 );
 
 /// The listing that a key made. Its columns are null if it was deleted since.
+///
+/// The message is empty. It makes the commit wait for a synchronous standby, which may still lack the listing: after a crash,
+/// PostgreSQL shows rows whose commit was still waiting.
 const SELECT_REPEATED: &str = concat!(
-    "select body_sha256 = $3 as same_body, listing.* from public.idempotency_key left join lateral (select ",
+    "select pg_logical_emit_message(true, '', ''), body_sha256 = $3 as same_body, listing.* \
+     from public.idempotency_key left join lateral (select ",
     columns!(),
     " from public.listing where id = listing_id) as listing on true \
-     where key = $2 and idempotency_key.owner is not distinct from $1"
+     where idempotency_key.key = $2 and idempotency_key.owner is not distinct from $1"
 );
 
 pub async fn create(
@@ -167,19 +191,29 @@ pub async fn create(
     payload: Payload,
     auth: Data<Auth>,
     database: Data<Database>,
+    settings: Data<Settings>,
 ) -> Result<HttpResponse, ApiError> {
-    let (Writer { owner, actor }, body) = auth.admit(&request, payload).await?;
-    body::require_type(&request, &["application/json"])?;
-    let key = idempotency_key(request.headers())?;
-    let input = Input::parse(&body, true, None)?;
-    let who: Parameters = &[&owner, &actor];
-    let values = [&input.values(), who].concat();
-    let Some(key) = key else {
-        return created(&database.write(None, INSERT, &values).await?);
+    let key = idempotency_key(request.headers());
+    let random = if settings.sharding_proxy && matches!(key, Ok(None)) {
+        key_of_reachable_server(&database).await
+    } else {
+        String::new()
     };
+    let subject = key.as_ref().ok().and_then(|key| *key).unwrap_or(&random);
+    let admitted = auth.admit(&request, payload, Subject::New(subject));
+    let (Writer { owner, actor }, body) = admitted.await?;
+    body::require_type(&request, &["application/json"])?;
+    let is_repeatable = key?.is_some();
+    let input = Input::parse(&body, true, None)?;
+    let who: Parameters = &[&owner, &actor, &subject];
+    let values = [&input.values(), who].concat();
+    if !is_repeatable {
+        return created(&database.write(None, INSERT, &values).await?);
+    }
+    let key = subject;
     let hash = Sha256::digest(&body).to_vec();
-    let key_and_hash: Parameters = &[&key, &hash];
-    let values = [&values, key_and_hash].concat();
+    let body_sha256: Parameters = &[&hash];
+    let values = [&values, body_sha256].concat();
     // Repetitions wait for each other before they take a connection. No listing has a negative id.
     let queue = i32::from_be_bytes([hash[0], hash[1], hash[2], hash[3]]) | i32::MIN;
     let inserted = database.write_repeatably(queue, INSERT_ONCE, &values);
@@ -188,9 +222,7 @@ pub async fn create(
         inserted => return created(&inserted?),
     };
     let parameters: Parameters = &[&owner, &key, &hash];
-    let rows = database
-        .read_on_primary(SELECT_REPEATED, parameters)
-        .await?;
+    let rows = database.write(None, SELECT_REPEATED, parameters).await?;
     // Without a row, another unique index refused the listing.
     let row = rows.first().ok_or(duplicate)?;
     if !row.try_get("same_body")? {
@@ -205,6 +237,24 @@ pub async fn create(
     let (name, value) = (IDEMPOTENT_REPLAYED, HeaderValue::from_static("true"));
     response.headers_mut().insert(name, value);
     Ok(response)
+}
+
+const SELECT_BY_KEY: &str = "select from public.idempotency_key where key = $1 limit 0";
+
+/// A random key whose server answers, for a new listing without an idempotency key. If none answers, the insert says so.
+async fn key_of_reachable_server(database: &Database) -> String {
+    let mut key = String::new();
+    for _ in 0..8 {
+        key = fastrand::u64(..).to_string();
+        if database
+            .read_on_primary(SELECT_BY_KEY, &[&key])
+            .await
+            .is_ok()
+        {
+            break;
+        }
+    }
+    key
 }
 
 fn created(rows: &[Row]) -> Result<HttpResponse, ApiError> {
@@ -240,12 +290,15 @@ fn idempotency_key(headers: &HeaderMap) -> Result<Option<&str>, ApiError> {
     })
 }
 
-/// Many listings at once, because concurrent reads share a statement.
-const SELECT_BY_ID: &str = concat!(
-    "select ",
-    columns!(),
-    " from public.listing where id = any($1)"
-);
+/// One listing, or many at once, because concurrent reads share a statement.
+const SELECT_BY_ID: LookupSql = LookupSql {
+    one: concat!("select ", columns!(), " from public.listing where id = $1"),
+    many: concat!(
+        "select ",
+        columns!(),
+        " from public.listing where id = any($1)"
+    ),
+};
 
 /// The batched lookup of [`get`].
 pub struct ById(pub Lookup<i32>);
@@ -283,7 +336,7 @@ pub async fn replace(
     auth: Data<Auth>,
     database: Data<Database>,
 ) -> Result<HttpResponse, ApiError> {
-    let (writer, body) = auth.admit(&request, payload).await?;
+    let (writer, body) = auth.admit(&request, payload, subject(&path)).await?;
     let id = parse_id(&path)?;
     body::require_type(&request, &["application/json"])?;
     let mut input = Input::parse(&body, true, Some(id))?;
@@ -303,7 +356,7 @@ pub async fn patch(
     auth: Data<Auth>,
     database: Data<Database>,
 ) -> Result<HttpResponse, ApiError> {
-    let (writer, body) = auth.admit(&request, payload).await?;
+    let (writer, body) = auth.admit(&request, payload, subject(&path)).await?;
     let id = parse_id(&path)?;
     body::require_type(
         &request,
@@ -367,7 +420,8 @@ pub async fn delete(
     auth: Data<Auth>,
     database: Data<Database>,
 ) -> Result<HttpResponse, ApiError> {
-    let (Writer { owner, actor }, _) = auth.admit(&request, payload).await?;
+    let admitted = auth.admit(&request, payload, subject(&path));
+    let (Writer { owner, actor }, _) = admitted.await?;
     let id = parse_id(&path)?;
     let versions = conditional::expected_versions(&request);
     let values: Parameters = &[&id, &versions, &owner, &actor];
@@ -457,7 +511,8 @@ pub fn statements() -> Vec<(&'static str, String)> {
         ("POST /listings", INSERT.to_owned()),
         ("POST /listings", INSERT_ONCE.to_owned()),
         ("POST /listings", SELECT_REPEATED.to_owned()),
-        ("GET /listings/{id}", SELECT_BY_ID.to_owned()),
+        ("GET /listings/{id}", SELECT_BY_ID.one.to_owned()),
+        ("GET /listings/{id}", SELECT_BY_ID.many.to_owned()),
         ("PATCH /listings/{id}", UPDATE.to_owned()),
         ("PATCH /listings/{id}", SELECT_MAY_WRITE.to_owned()),
         ("DELETE /listings/{id}", DELETE.to_owned()),

@@ -20,16 +20,22 @@ pub use self::change_feed::Feed;
 
 use crate::http::body;
 use crate::http::error::ApiError;
-use crate::postgres::Database;
-use crate::settings::AuthMode;
+use crate::postgres::{Database, LookupSql};
+use crate::settings::{AuthMode, Settings};
 
 /// Adds the routes, and what their handlers need on this worker.
-pub fn configure(config: &mut ServiceConfig, database: Database, feed: Data<Feed>, auth: AuthMode) {
+pub fn configure(
+    config: &mut ServiceConfig,
+    database: Database,
+    feed: Data<Feed>,
+    settings: &Settings,
+) {
+    let database = Data::new(database);
     config
         .app_data(Data::new(listings::ById::new(&database)))
         .app_data(Data::new(prices::ByListing::new(&database)))
-        .app_data(Data::new(auth::Auth::new(&database, auth)))
-        .app_data(Data::new(database))
+        .app_data(Data::new(auth::Auth::new(&database, settings)))
+        .app_data(database)
         .app_data(feed)
         .service(
             resource("/listings", "GET, HEAD, POST, OPTIONS")
@@ -63,7 +69,9 @@ pub fn statements(auth: AuthMode) -> Vec<(&'static str, String)> {
     statements.extend(prices::statements());
     statements.extend(change_page::statements());
     if auth == AuthMode::Keys {
-        statements.push(("a lookup of API keys", auth::SELECT_KEYS.to_owned()));
+        let LookupSql { one, many } = auth::SELECT_KEYS;
+        let statements_of_keys = [one, many].map(|sql| ("a lookup of API keys", sql.to_owned()));
+        statements.extend(statements_of_keys);
     }
     statements
 }

@@ -11,7 +11,7 @@ use super::listings;
 use crate::http::error::ApiError;
 use crate::http::query::Query;
 use crate::http::{conditional, json_array};
-use crate::postgres::{Database, Lookup, Parameters, Rows};
+use crate::postgres::{Database, Lookup, LookupSql, Parameters, Rows};
 use crate::types::euros::Euros;
 use crate::types::timestamp::Timestamp;
 
@@ -29,11 +29,15 @@ fn write(row: &Row, json: &mut Vec<u8>) -> Result<(), ApiError> {
     serde_json::to_writer(json, &price).map_err(ApiError::internal)
 }
 
-/// The histories of many listings at once, because concurrent reads share a statement. Reads the index alone. A history over
-/// [`SHORT`] is cut off one row later.
-const SELECT_BY_LISTING: &str = "select listing_id, price.* from unnest($1::integer[]) as wanted (listing_id) \
-    cross join lateral (select id, new_price, changed_at from public.listing_price_log as log \
-        where log.listing_id = wanted.listing_id order by id limit 101) as price";
+/// The history of one listing, or of many at once, because concurrent reads share a statement. Reads the index alone. A history
+/// over [`SHORT`] is cut off one row later.
+const SELECT_BY_LISTING: LookupSql = LookupSql {
+    one: "select listing_id, id, new_price, changed_at from public.listing_price_log \
+        where listing_id = $1 order by id limit 101",
+    many: "select listing_id, price.* from unnest($1::integer[]) as wanted (listing_id) \
+        cross join lateral (select id, new_price, changed_at from public.listing_price_log as log \
+            where log.listing_id = wanted.listing_id order by id limit 101) as price",
+};
 
 /// A longer history is read by itself, page by page, so that it delays no other request.
 const SHORT: usize = 100;
@@ -63,7 +67,8 @@ const SELECT_VERSION: &str = "select count(*), coalesce(max(id), 0) as last from
 
 /// Every statement of this file, with a request that runs it.
 pub fn statements() -> impl Iterator<Item = (&'static str, String)> {
-    let statements = [SELECT_BY_LISTING, SELECT_PAGE, SELECT_AT, SELECT_VERSION];
+    let LookupSql { one, many } = SELECT_BY_LISTING;
+    let statements = [one, many, SELECT_PAGE, SELECT_AT, SELECT_VERSION];
     statements
         .map(|sql| ("GET /listings/{id}/prices", sql.to_owned()))
         .into_iter()

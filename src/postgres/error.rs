@@ -89,6 +89,8 @@ impl From<tokio_postgres::Error> for Error {
             Some(&(SqlState::FOREIGN_KEY_VIOLATION | SqlState::RESTRICT_VIOLATION)) => {
                 ErrorKind::ForeignKey
             }
+            // What a sharding proxy says about a server that it cannot reach.
+            Some(&SqlState::SYSTEM_ERROR) => ErrorKind::Unavailable,
             _ if connection_is_lost(&error) => ErrorKind::Unavailable,
             _ => ErrorKind::Internal,
         };
@@ -119,17 +121,23 @@ pub fn connection_is_lost(error: &tokio_postgres::Error) -> bool {
         SqlState::READ_ONLY_SQL_TRANSACTION,
     ];
     match error.code() {
+        // A sharding proxy closes the connection if its server ended during the statement.
+        Some(&SqlState::SYSTEM_ERROR) => severity_is_fatal(error),
         Some(code) => lost_codes.contains(code) || code.code().starts_with("08"),
         None => error.is_closed() || error.source().is_some_and(<dyn StdError>::is::<io::Error>),
     }
 }
 
-/// Whether PostgreSQL itself said that it did not run the statement. A connection pooler between them reports a lost
-/// connection with a code of class 08, and then the statement may have run.
+fn severity_is_fatal(error: &tokio_postgres::Error) -> bool {
+    let error = error.as_db_error();
+    error.is_some_and(|error| error.severity() == "FATAL")
+}
+
+/// Whether PostgreSQL itself said that it did not run the statement. A proxy between them reports a lost connection with a code
+/// of class 08 or 58, and then the statement may have run.
 pub fn is_refusal(error: &tokio_postgres::Error) -> bool {
-    error
-        .code()
-        .is_some_and(|code| !code.code().starts_with("08"))
+    let code = error.code().map(SqlState::code);
+    code.is_some_and(|code| !code.starts_with("08") && !code.starts_with("58"))
 }
 
 /// Whether the statement has to be prepared again: its plan or its name is gone. PostgreSQL did not run it.

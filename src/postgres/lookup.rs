@@ -3,6 +3,8 @@
 //! Each worker has one connection for each lookup, so that no lookup waits for another. At 32 clients on two cores, batches read
 //! 50 % more listings and 25 % more prices per second than one query per read. A second connection gives less, because batches
 //! get smaller. Batches over 64 gain nothing.
+//!
+//! With a batch size of 1, each read is a statement for one key, on a connection of the pool.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -11,6 +13,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use actix_web::rt;
+use futures_util::future::try_join;
 use tokio_postgres::types::{FromSql, ToSql};
 use tokio_postgres::{Client, Row, Statement};
 
@@ -20,8 +23,6 @@ use super::pool::Pool;
 use super::server::Server;
 use super::statement::{Access, Parameters};
 
-const MAX_BATCH: usize = 64;
-
 /// The rows of one key, shared by all requests of the batch that asked for it.
 pub type Rows = Rc<Vec<Row>>;
 
@@ -29,30 +30,53 @@ pub trait Key: Clone + Hash + Ord + ToSql + Sync + for<'a> FromSql<'a> + 'static
 
 impl Key for i32 {}
 
-/// A statement that takes an array of keys and returns rows whose first column is their key.
+/// The statements of a lookup. Both return the same rows.
+#[derive(Clone, Copy)]
+pub struct LookupSql {
+    /// Takes one key. A sharding proxy sends it to the server that has this key.
+    pub one: &'static str,
+    /// Takes an array of keys. The first column of each row is its key.
+    pub many: &'static str,
+}
+
 pub struct ServerLookup<K> {
     pool: Pool,
-    sql: &'static str,
+    sql: LookupSql,
     /// With `Write`, fails on a server that is read-only.
     access: Access,
     session: RefCell<Option<Rc<Session>>>,
+    batch_size: usize,
     batcher: Batcher<K, Rows>,
+}
+
+#[derive(Clone, Copy)]
+pub struct Limits {
+    /// The most keys of a statement.
+    pub batch_size: usize,
+    /// The most requests that wait for a batch.
+    pub queue_size: usize,
 }
 
 struct Session {
     server: Arc<Server>,
     client: Client,
-    statement: Statement,
+    one: Statement,
+    many: Statement,
 }
 
 impl<K: Key> ServerLookup<K> {
-    pub fn new(pool: &Pool, sql: &'static str, access: Access, queue_size: usize) -> Rc<Self> {
+    pub fn new(pool: &Pool, sql: LookupSql, access: Access, limits: Limits) -> Rc<Self> {
+        let Limits {
+            batch_size,
+            queue_size,
+        } = limits;
         let lookup = Rc::new(Self {
             pool: pool.clone(),
             sql,
             access,
             session: RefCell::default(),
-            batcher: Batcher::new(MAX_BATCH, queue_size, pool.answer_timeout),
+            batcher: Batcher::new(batch_size, queue_size, pool.answer_timeout),
+            batch_size,
         });
         let serving = lookup.clone();
         rt::spawn(async move {
@@ -63,6 +87,12 @@ impl<K: Key> ServerLookup<K> {
     }
 
     pub async fn get(&self, key: K) -> Result<Rows, Error> {
+        if self.batch_size == 1 {
+            if self.access == Access::Write {
+                self.pool.writable().await?;
+            }
+            return self.pool.read(self.sql.one, &[&key]).await.map(Rc::new);
+        }
         let alone = async |key| self.query(&[key]).await.map(Rc::new);
         self.batcher.submit(key, alone).await
     }
@@ -97,7 +127,6 @@ impl<K: Key> ServerLookup<K> {
 
     /// Retries once on a new connection if the connection was lost.
     async fn query(&self, keys: &[K]) -> Result<Vec<Row>, Error> {
-        let parameters: Parameters = &[&keys];
         let mut retried = false;
         loop {
             let session = match self.session().await {
@@ -111,7 +140,12 @@ impl<K: Key> ServerLookup<K> {
                     return Err(error);
                 }
             };
-            let answer = session.client.query(&session.statement, parameters);
+            let (one, many): (Parameters, Parameters) = (&[&keys.first()], &[&keys]);
+            let (statement, parameters) = match keys.len() {
+                1 => (&session.one, one),
+                _ => (&session.many, many),
+            };
+            let answer = session.client.query(statement, parameters);
             match self.pool.within_answer_timeout(answer).await {
                 Ok(Ok(rows)) => {
                     session.server.record_answer();
@@ -146,13 +180,15 @@ impl<K: Key> ServerLookup<K> {
         let (server, _) = self.pool.available().await?;
         let client = self.pool.connect(server.clone()).await?;
         // Preparing waits for locks, so it has the time limit of a statement.
-        let prepared = self.pool.within_answer_timeout(client.prepare(self.sql));
-        let prepared = prepared.await?;
-        let statement = prepared.inspect_err(|error| server.suspect_if_lost(error))?;
+        let LookupSql { one, many } = self.sql;
+        let prepared = try_join(client.prepare(one), client.prepare(many));
+        let prepared = self.pool.within_answer_timeout(prepared).await?;
+        let (one, many) = prepared.inspect_err(|error| server.suspect_if_lost(error))?;
         let session = Rc::new(Session {
             server,
             client,
-            statement,
+            one,
+            many,
         });
         self.session.replace(Some(session.clone()));
         Ok(session)

@@ -32,13 +32,13 @@ use tokio_postgres::Row;
 use tokio_postgres::types::ToSql;
 
 pub use self::error::{Error, ErrorKind};
-pub use self::lookup::{Key, Rows};
+pub use self::lookup::{Key, LookupSql, Rows};
 pub use self::preflight::{ConnectionLimit, Session};
 pub use self::schema::newest as schema_version;
 pub use self::server::State;
 pub use self::statement::Parameters;
 
-use self::lookup::ServerLookup;
+use self::lookup::{Limits, ServerLookup};
 use self::monitor::Monitor;
 use self::pool::{Pool, PoolStatus};
 use self::replicas::Sources;
@@ -57,7 +57,8 @@ pub struct Cluster {
     next_worker: AtomicUsize,
     /// One connection for the schema check and the poll of the change feed.
     check: Pool,
-    queue_size: usize,
+    limits: Limits,
+    is_proxy: bool,
 }
 
 #[derive(Clone)]
@@ -112,7 +113,11 @@ impl Cluster {
             workers: (0..settings.workers).map(pools).collect::<Result<_>>()?,
             next_worker: AtomicUsize::new(0),
             check: Pool::new(settings, &tls, monitor.primary(), 1)?,
-            queue_size: settings.queue_size,
+            limits: Limits {
+                batch_size: settings.batch_size,
+                queue_size: settings.queue_size,
+            },
+            is_proxy: settings.sharding_proxy,
             monitor,
         })
     }
@@ -124,15 +129,18 @@ impl Cluster {
         let replicas = replicas.into_iter();
         let replicas = replicas.map(|pool| (pool.route.clone(), pool)).collect();
         Database {
-            rows: RowQueue::new(self.queue_size, primary.wait_timeout),
+            rows: RowQueue::new(self.limits.queue_size, primary.wait_timeout),
             pools: Sources::new(&self.monitor, primary, replicas),
-            queue_size: self.queue_size,
+            limits: self.limits,
         }
     }
 
     /// Fails with a sentence that names the remedy. Returns the first migration of the database that this release does not
-    /// know, if there is one.
+    /// know, if there is one. Checks nothing behind a sharding proxy, which would ask one of its servers, up or down.
     pub async fn check_schema(&self) -> Result<Option<String>, String> {
+        if self.is_proxy {
+            return Ok(None);
+        }
         schema::check(&self.check).await
     }
 
@@ -191,7 +199,7 @@ fn sum<'a>(pools: impl Iterator<Item = &'a Pool>) -> PoolStatus {
 pub struct Database {
     pools: Sources<Pool>,
     rows: Arc<RowQueue>,
-    queue_size: usize,
+    limits: Limits,
 }
 
 impl Database {
@@ -240,15 +248,15 @@ impl Database {
         primary.write_repeatably(sql, parameters, lock).await
     }
 
-    /// A batched read from replicas and primary. `sql` takes an array of keys and returns rows whose first column is their key.
-    pub fn lookup<K: Key>(&self, sql: &'static str) -> Lookup<K> {
-        let new = |pool: &Pool| ServerLookup::new(pool, sql, Access::Read, self.queue_size);
+    /// A batched read from replicas and primary.
+    pub fn lookup<K: Key>(&self, sql: LookupSql) -> Lookup<K> {
+        let new = |pool: &Pool| ServerLookup::new(pool, sql, Access::Read, self.limits);
         Lookup(self.pools.map(new))
     }
 
     /// The same from the primary alone, while it accepts writes.
-    pub fn lookup_on_primary<K: Key>(&self, sql: &'static str) -> Lookup<K> {
-        let new = |pool: &Pool| ServerLookup::new(pool, sql, Access::Write, self.queue_size);
+    pub fn lookup_on_primary<K: Key>(&self, sql: LookupSql) -> Lookup<K> {
+        let new = |pool: &Pool| ServerLookup::new(pool, sql, Access::Write, self.limits);
         Lookup(self.pools.map_primary(new))
     }
 }

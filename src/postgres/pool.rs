@@ -25,7 +25,8 @@ pub struct Pool {
     pub queue: Arc<Semaphore>,
     queue_size: usize,
     /// Permits to read. A quarter of the connections keeps the processors busy. With more, reads compete and some take many
-    /// times as long as others, and slow reads leave no connection for writes.
+    /// times as long as others, and slow reads leave no connection for writes. Behind a sharding proxy, reads may use all: those of
+    /// a server that is down take a while to fail.
     pub reads: Arc<Semaphore>,
     pub wait_timeout: Duration,
     connect_timeout: Duration,
@@ -58,7 +59,11 @@ impl Pool {
             connections,
             queue: Arc::new(Semaphore::new(settings.queue_size)),
             queue_size: settings.queue_size,
-            reads: Arc::new(Semaphore::new(size.div_ceil(4))),
+            reads: Arc::new(Semaphore::new(if settings.sharding_proxy {
+                size
+            } else {
+                size.div_ceil(4)
+            })),
             wait_timeout: settings.pool_wait,
             connect_timeout: settings.connect_timeout,
             answer_timeout: settings.statement_timeout + Duration::from_secs(1),

@@ -24,6 +24,8 @@ pub struct Server {
     pub(super) config: Config,
     pub(super) tls: MakeRustlsConnect,
     pub(super) connect_timeout: Duration,
+    /// Whether this is a sharding proxy, not a server.
+    pub(super) is_proxy: bool,
     /// How long requests wait for this server after it went down.
     pub(super) grace_period: Duration,
     pub(super) state: watch::Sender<State>,
@@ -142,6 +144,7 @@ impl Server {
             config: with_session_settings(config.clone(), settings),
             tls: tls.clone(),
             connect_timeout: settings.connect_timeout,
+            is_proxy: settings.sharding_proxy,
             grace_period,
             state: watch::Sender::new(State::Down { reason }),
             suspected: Notify::new(),

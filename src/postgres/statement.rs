@@ -6,10 +6,11 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use bytes::BytesMut;
 use deadpool_postgres::{ClientWrapper, Object, PoolError, TimeoutType};
 use tokio::time::timeout;
 use tokio_postgres::Row;
-use tokio_postgres::types::ToSql;
+use tokio_postgres::types::{ToSql, Type};
 use tokio_postgres_rustls::MakeRustlsConnect;
 
 use super::error::{Error, connection_is_lost, describe, is_refusal, statement_is_stale};
@@ -118,7 +119,7 @@ impl Pool {
         drop(queued);
         let client = in_flight.client.insert(client);
         let mut sent = false;
-        let answer = query(client, sql, parameters, &mut sent);
+        let answer = query(client, sql, parameters, server.is_proxy, &mut sent);
         let error = match self.within_answer_timeout(answer).await? {
             Ok(rows) => {
                 server.record_answer();
@@ -185,15 +186,43 @@ impl Pool {
 }
 
 /// `sent` becomes true before the statement is sent. Preparing it does not count, and may wait for locks.
+///
+/// A sharding proxy chooses the server by the values, so it gets them together with the statement. It would ask every server to
+/// prepare a statement without values.
 async fn query(
     client: &Object,
     sql: &str,
     parameters: Parameters<'_>,
+    is_proxy: bool,
     sent: &mut bool,
 ) -> Result<Vec<Row>, tokio_postgres::Error> {
+    if is_proxy {
+        *sent = true;
+        let typed = parameters.iter().map(|value| (*value, type_of(*value)));
+        return client.query_typed(sql, &typed.collect::<Vec<_>>()).await;
+    }
     let statement = client.prepare_cached(sql).await?;
     *sent = true;
     client.query(&statement, parameters).await
+}
+
+/// The type that a value has by its Rust type.
+fn type_of(value: &(dyn ToSql + Sync)) -> Type {
+    let types = [
+        Type::INT4,
+        Type::INT8,
+        Type::TEXT,
+        Type::NUMERIC,
+        Type::TIMESTAMPTZ,
+        Type::FLOAT8,
+        Type::BOOL,
+        Type::BYTEA,
+        Type::TEXT_ARRAY,
+    ];
+    let mut unused = BytesMut::new();
+    let mut types = types.into_iter();
+    let accepted = types.find(|kind| value.to_sql_checked(kind, &mut unused).is_ok());
+    accepted.unwrap_or(Type::UNKNOWN)
 }
 
 /// A pooled connection with a statement in flight.
