@@ -75,9 +75,9 @@ bench: setup-bench $(REFINERY) ## Measure how fast the service is and what the p
 	@url=$$(tests/db.sh up) && DATABASE_URL=$$url REFINERY="$(CURDIR)/$(REFINERY)" benches/trigger_cost.sh
 
 .PHONY: chaos
-chaos: setup-chaos $(REFINERY) ## Kill, pause, cut off and promote servers for two minutes, and verify that no acknowledged write is lost
+chaos: setup-chaos $(REFINERY) ## Kill, pause, cut off and promote servers, for two minutes in each of two tests, and verify every write
 	@url=$$(tests/db.sh up) && DATABASE_URL=$$url REFINERY="$(CURDIR)/$(REFINERY)" CHAOS_SECONDS=$${CHAOS_SECONDS:-120} \
-		cargo test --locked --quiet --test tests -- --nocapture chaos::
+		cargo test --locked --quiet --test tests -- --nocapture --test-threads=1 chaos:: linearizable::contended
 
 .PHONY: fuzz
 fuzz: setup-fuzz $(REFINERY) $(SCHEMATHESIS) ## Send generated requests, valid and invalid, from the OpenAPI document

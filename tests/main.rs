@@ -15,6 +15,7 @@ mod hostile;
 mod idempotency;
 mod input;
 mod keys;
+mod linearizable;
 mod load;
 mod logs;
 mod maintenance;
