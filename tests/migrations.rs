@@ -38,6 +38,26 @@ fn every_migration_has_a_valid_name_and_no_version_is_missing() {
     assert!(names.len() >= 5);
 }
 
+/// The migrations of 1.0.0 and their checksums, which refinery stores in each database. A database whose checksums differ is
+/// refused by the CLI and by the service. A new migration adds a line.
+const RELEASED: [&str; 8] = [
+    "1|create_listing|11326611677842350345",
+    "2|log_listing_prices|7283393568120672753",
+    "3|query_price_history|787980927786009881",
+    "4|maintain_price_history|11838545244039366331",
+    "5|feed_price_changes|9029134448885757081",
+    "6|control_access|18149432664270673025",
+    "7|check_price_log|3930074844729393283",
+    "8|remember_posts|8316613338038785479",
+];
+
+#[tokio::test]
+async fn no_released_migration_has_changed() {
+    let db = Database::migrated().await;
+    let applied = "select version, name, checksum from refinery_schema_history order by version";
+    assert_eq!(rows(&db.superuser, applied).await, RELEASED);
+}
+
 #[tokio::test]
 async fn the_cli_migrates_an_empty_database_and_does_nothing_the_second_time() {
     let db = Database::empty().await;
