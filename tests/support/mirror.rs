@@ -1,6 +1,6 @@
 //! A consumer of the change feed that mirrors all present prices through every failure of servers and instances.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::io::{self, BufRead, BufReader, Write};
 use std::net::TcpStream;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,15 +11,25 @@ use serde_json::Value;
 
 use super::Connection;
 
+/// What a consumer has in the end.
+pub struct Mirrored {
+    pub prices: BTreeMap<i64, i64>,
+    /// The price of every change by its listing and id, since it last began anew. No price: a deletion.
+    pub seen: BTreeMap<(i64, i64), Option<i64>>,
+    /// How often its cursor became invalid.
+    pub restarts: usize,
+}
+
 #[derive(Default)]
 pub struct Mirror {
     instances: Vec<String>,
     /// Whether to read events, or else pages.
     by_events: bool,
     cursor: Option<String>,
-    /// The listing and id of every change, and for each listing the price of the last one. No price: a deletion.
-    seen: BTreeSet<(i64, i64)>,
+    /// The price of every change by its listing and id, and of the last change of each listing. No price: a deletion.
+    seen: BTreeMap<(i64, i64), Option<i64>>,
     prices: BTreeMap<i64, Option<i64>>,
+    restarts: usize,
 }
 
 impl Mirror {
@@ -31,8 +41,8 @@ impl Mirror {
         }
     }
 
-    /// Reads until the end and then what is left. Returns the prices.
-    pub fn follow(mut self, ended: &AtomicBool) -> BTreeMap<i64, i64> {
+    /// Reads until the end and then what is left.
+    pub fn follow(mut self, ended: &AtomicBool) -> Mirrored {
         for turn in 0.. {
             let is_last = ended.load(Ordering::Relaxed);
             let instance = self.instances[turn % self.instances.len()].clone();
@@ -48,9 +58,12 @@ impl Mirror {
             }
         }
         let prices = self.prices.into_iter();
-        prices
-            .filter_map(|(listing, price)| Some((listing, price?)))
-            .collect()
+        let present = prices.filter_map(|(listing, price)| Some((listing, price?)));
+        Mirrored {
+            prices: present.collect(),
+            seen: self.seen,
+            restarts: self.restarts,
+        }
     }
 
     /// Whether there is nothing more yet.
@@ -116,6 +129,7 @@ impl Mirror {
                 self.cursor = None;
                 self.seen.clear();
                 self.prices.clear();
+                self.restarts += 1;
             }
             _ => assert_eq!(status, 503),
         }
@@ -128,10 +142,12 @@ impl Mirror {
         let id = number("id").expect("an id");
         let later = (listing, id + 1)..=(listing, i64::MAX);
         let is_late = self.seen.range(later).next().is_some();
-        let is_new = self.seen.insert((listing, id));
-        assert!(!(is_new && is_late), "{change} after a later one");
+        let price = number("price_eur");
+        let before = self.seen.insert((listing, id), price);
+        assert!(before.is_none_or(|before| before == price), "{change}");
+        assert!(before.is_some() || !is_late, "{change} after a later one");
         if !is_late {
-            self.prices.insert(listing, number("price_eur"));
+            self.prices.insert(listing, price);
         }
     }
 }

@@ -3,6 +3,7 @@
 mod client;
 mod cluster;
 mod database;
+mod history;
 mod link;
 mod load;
 mod migrations;
@@ -13,6 +14,7 @@ mod service;
 pub use client::*;
 pub use cluster::*;
 pub use database::*;
+pub use history::*;
 pub use link::*;
 pub use load::*;
 pub use migrations::*;
