@@ -116,6 +116,28 @@ async fn requests_that_wait_for_a_connection_are_served_by_the_promoted_standby(
 }
 
 #[tokio::test]
+async fn a_write_is_not_acknowledged_if_its_wait_for_the_standby_was_cancelled() {
+    let (primary, standby) = synchronous_pair().await;
+    let service = Service::start_at(&primary.url, &[]);
+    assert_eq!(service.post(LOFT).status, 201);
+    standby.kill();
+    let mut client = service.connect();
+    client.request("PATCH", "/listings/1", JSON, r#"{"latest_price_eur":1}"#);
+    let superuser = primary.superuser().await;
+    let waits = "from pg_stat_activity where wait_event = 'SyncRep'";
+    wait_for(&superuser, &format!("select count(*) {waits}"), "1").await;
+    run(
+        &superuser,
+        &format!("select pg_cancel_backend(pid) {waits}"),
+    )
+    .await;
+    assert_eq!(client.receive("PATCH", "/listings/1").status, 503);
+    // It was done, on the primary alone.
+    assert_eq!(service.get("/listings/1").json()["latest_price_eur"], 1);
+    service.logged("a promotion may undo a write: canceling wait for synchronous replication");
+}
+
+#[tokio::test]
 async fn a_server_that_became_read_only_is_replaced_by_the_promoted_standby() {
     let (primary, standby) = synchronous_pair().await;
     let url = through(&primary, &[primary.address(), standby.address()]);

@@ -1,5 +1,6 @@
 //! Opens a session: TLS, and the settings that every session has.
 
+use std::future::poll_fn;
 use std::time::Duration;
 
 use actix_web::rt;
@@ -10,7 +11,8 @@ use rustls::pki_types::pem::PemObject;
 use rustls::{ClientConfig, RootCertStore};
 use tokio::task::JoinHandle;
 use tokio_postgres::config::Host;
-use tokio_postgres::{Client, Config};
+use tokio_postgres::error::DbError;
+use tokio_postgres::{AsyncMessage, Client, Config};
 use tokio_postgres_rustls::MakeRustlsConnect;
 
 use super::error::describe;
@@ -26,19 +28,38 @@ pub fn connect(
     close: impl Future<Output = ()> + Send + 'static,
 ) -> Connecting {
     Box::pin(async move {
-        let (client, connection) = config.connect(tls).await?;
+        let (client, mut connection) = config.connect(tls).await?;
         let task = rt::spawn(async move {
+            let ended = async {
+                while let Some(message) = poll_fn(|cx| connection.poll_message(cx)).await {
+                    match message {
+                        Ok(AsyncMessage::Notice(notice)) if is_unsafe(&notice) => {
+                            log::warn!("a promotion may undo a write: {}", notice.message());
+                            return;
+                        }
+                        Ok(_) => (),
+                        // The requests in flight get the error too, and report it.
+                        Err(error) => {
+                            log::debug!("a database connection ended: {}", describe(&error));
+                            return;
+                        }
+                    }
+                }
+            };
+            // Requests in flight fail as if the connection were lost.
             tokio::select! {
-                // The requests in flight get the error too, and report it.
-                ended = connection => if let Err(error) = ended {
-                    log::debug!("a database connection ended: {}", describe(&error));
-                },
-                // Requests in flight fail as if the connection were lost.
+                () = ended => (),
                 () = close => (),
             }
         });
         Ok((client, task))
     })
+}
+
+/// Whether PostgreSQL cancelled a commit that waits for its synchronous standby. It then reports success, but a promotion may undo
+/// the write. The message may be translated, and its code is that of any warning.
+fn is_unsafe(notice: &DbError) -> bool {
+    notice.routine() == Some("SyncRepWaitForLSN")
 }
 
 /// `host:port`.
