@@ -72,10 +72,14 @@ test-haproxy-tls: setup-test-haproxy-tls ## Run the tests of HAProxy and of a se
 	@$(MAKE) --no-print-directory test TESTS='behind_haproxy tls_verifies'
 
 .PHONY: bench
-bench: setup-bench $(REFINERY) ## Measure how fast the service is and what the price history costs
+bench: setup-bench $(REFINERY) ## Measure speed and the cost of the history, or with LISTINGS= and PRICES= what depends on the size
 	@cargo build --release --locked
+ifneq ($(LISTINGS)$(PRICES),)
+	@LISTINGS=$(LISTINGS) PRICES=$(PRICES) REFINERY="$(CURDIR)/$(REFINERY)" benches/size.sh
+else
 	@REFINERY="$(CURDIR)/$(REFINERY)" benches/speed.sh
 	@url=$$(tests/db.sh up) && DATABASE_URL=$$url REFINERY="$(CURDIR)/$(REFINERY)" benches/trigger_cost.sh
+endif
 
 .PHONY: chaos
 chaos: setup-chaos $(REFINERY) ## Kill, pause, cut off and promote servers, for two minutes in each of two tests, and verify every write

@@ -16,16 +16,21 @@ function new_key()
     return (started * 100 + number) * 10000000 + keys
 end
 
--- The method, the path, and a function that returns the numbers of one request: first for the path, then for the body.
+local listings = tonumber(os.getenv("LISTINGS") or 500000)
+local price = '{"latest_price_eur": =price=}'
+
+-- The method, the path, a function that returns the numbers of one request (first for the path, then for the body), and the
+-- body if it is another.
 local rows = {
-    history = { "GET", "/listings/%d/prices", function() return math.random(500000) end },
-    listing = { "GET", "/listings/%d", function() return math.random(500000) end },
+    history = { "GET", "/listings/%d/prices", function() return math.random(listings) end },
+    listing = { "GET", "/listings/%d", function() return math.random(listings) end },
     hot = { "GET", "/listings/4711", function() end },
     unknown = { "GET", "/listings/%d", function() return 500000000 + math.random(500000) end },
     common = { "GET", "/listings?city=Paris&limit=100&after=%d", function() return math.random(400000) end },
     rare = { "GET", "/listings?city=Town%%20%d&limit=100", function() return math.random(600) end },
     keep = { "PUT", "/listings/%d", function() local id = math.random(400001, 500000) return id, 100000 + id end },
     reprice = { "PUT", "/listings/%d", function() return math.random(400001, 500000), math.random(1000000, 9000000) end },
+    patch = { "PATCH", "/listings/%d", function() return math.random(listings), math.random(1000000, 9000000) end, price },
     create = { "POST", "/listings", function() return math.random(1000000) end },
     keyed = { "POST", "/listings", function() return new_key(), math.random(1000000) end },
 }
@@ -41,10 +46,10 @@ end
 local request_with, numbers
 function init(arguments)
     math.randomseed(os.time() * 100 + number)
-    local method, path
-    method, path, numbers = unpack(rows[arguments[1]])
+    local method, path, other_body
+    method, path, numbers, other_body = unpack(rows[arguments[1]])
     headers["Idempotency-Key"] = arguments[1] == "keyed" and "=key=" or nil
-    request_with = method == "GET" and wrk.format(method, path) or wrk.format(method, path, headers, body)
+    request_with = method == "GET" and wrk.format(method, path) or wrk.format(method, path, headers, other_body or body)
     -- The placeholder is as long as the number, because wrk has already counted the length of the body.
     request_with = request_with:gsub("=key=", "%%d"):gsub("=price=", "%%7d")
 end

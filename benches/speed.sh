@@ -1,80 +1,20 @@
 #!/bin/sh
 # Measures how many requests per second the service answers, and compares that with pgbench, which runs the same statements
 # directly. Both run in turn, on one machine that they share with PostgreSQL. `make bench` runs this and sets the variables.
-#
-# PostgreSQL runs in .postgres-bench, with its defaults and the settings below. The data stays there for the next run.
-set -eu
-rounds=${ROUNDS:-5}
-seconds=${SECONDS_EACH:-3}
+. benches/common.sh
 result=target/speed.md
-export PG_HOME="$PWD/.postgres-bench"
-export PG_SETTINGS='-c shared_buffers=1GB -c max_wal_size=8GB -c checkpoint_timeout=30min -c max_connections=300'
-unset DATABASE_URL
 
-say() { echo "bench: $*" >&2; }
-for program in wrk curl perl; do
-    command -v $program >/dev/null || { say "$program is missing: apt-get install wrk curl perl"; exit 1; }
-done
-
-db() { program=$1; shift; tests/db.sh run "$program" "$@"; }
-sql() { db psql --no-psqlrc --quiet --tuples-only --no-align --set=ON_ERROR_STOP=1 "$@"; }
-median() { sort -n | awk '{ value[NR] = $1 } END { print value[int((NR + 1) / 2)] }'; }
-now() { perl -MTime::HiRes=time -e 'print time'; }
-cores=$(nproc 2>/dev/null || sysctl -n hw.ncpu)
-
-scratch=$(mktemp -d)
-services=
-stop_services() {
-    for running in $services; do { kill "$running" && wait "$running"; } || true; done
-    services=
-}
-trap 'stop_services; tests/db.sh stop; rm -r "$scratch"' EXIT
-trap 'exit 130' INT TERM
-
-# Creates 500,000 listings. The triggers log ten prices for each. Nearly half of the listings are in one city, the others in
-# 632 towns. The benchmark writes to the last 100,000. They differ only in id and price.
-data=$(tests/db.sh up)
-[ "$(cat "$PG_HOME/server")" != docker ] || { say 'this needs the server programs of PostgreSQL'; exit 1; }
-server=${data%/listing}
-if [ "$(sql "$data" -c "select to_regclass('bench_data_are_complete') is not null")" != t ]; then
-    say 'creating 500,000 listings with ten prices each: two minutes, only in the first run'
-    sql "$server/postgres" -c 'drop database listing with (force)' -c 'create database listing'
-    DATABASE_URL=$data "$REFINERY" migrate -e DATABASE_URL -p sql -g -d -m >/dev/null
-    sql "$data" -c "
-        insert into listing (price, name, description, building_type, street_address, postal_code, city, country,
-            surface_area_m2, rooms_count, bedrooms_count, contact_phone_number)
-        select 109000 + n, case when n > 400000 then 'Loft' else 'Listing ' || n end, repeat('Nice. ', 40),
-            case when n > 400000 then 'HOUSE' else (array['STUDIO', 'APARTMENT', 'HOUSE'])[1 + n % 3] end, '1 rue Oberkampf',
-            case when n > 400000 then '75011' else lpad((n % 7919)::text, 5, '0') end,
-            case when n > 400000 or n % 3 = 0 then 'Paris' else 'Town ' || floor(sqrt(n)) end, 'FR', 42.5, 2, 1, '+33123456789'
-        from generate_series(1, 500000) as n"
-    for step in 1 2 3 4 5 6 7 8 9; do
-        say "price $((step + 1)) of 10"
-        sql "$data" -c 'vacuum listing' -c 'update listing set price = price - 1000'
-    done
-    sql "$data" -c 'create table bench_data_are_complete ()' -c 'vacuum (freeze, analyze)'
-fi
-DATABASE_URL=$data "$REFINERY" migrate -e DATABASE_URL -p sql -g -d -m >/dev/null
+load 500000 5000000
 say 'copying the data'
 bench=$server/listing_bench
 sql "$server/postgres" -c 'set client_min_messages = error' -c 'drop database if exists listing_bench with (force)' \
-    -c 'create database listing_bench template listing strategy file_copy' -c checkpoint
+    -c "create database listing_bench template ${data##*/} strategy file_copy" -c checkpoint
 
-# serve PORT AUTH: starts the service and waits for its first answer.
-serve() {
-    DATABASE_URL=${login%/listing}/listing_bench LISTEN_ADDR=127.0.0.1:$1 AUTH=$2 ADMIN_ADDR=127.0.0.1:0 \
-        target/release/listing-api 2>>"$scratch/log" &
-    services="$services $!"
-    until curl --silent --fail --output /dev/null "http://127.0.0.1:$1/listings/1"; do
-        kill -0 $! 2>/dev/null || { cat "$scratch/log" >&2; exit 1; }
-    done
-}
 api=http://127.0.0.1:18080
-login=$(tests/db.sh login)
 for _ in $(seq 9); do
     stop_services
     before=$(now)
-    serve 18080 off
+    serve 18080 off listing_bench
     service=$!
     echo "$(now) $before" | awk '{ printf "%.0f\n", ($1 - $2) * 1000 }' >> "$scratch/starts"
 done
@@ -192,7 +132,7 @@ row 'PUT with the same price' keep 32
 for count in 32 128; do row 'PUT with a new price' reprice $count; done
 # A second instance, which needs an API key.
 (
-    serve 18081 keys
+    serve 18081 keys listing_bench
     trap 'kill $!' EXIT
     api=http://127.0.0.1:18081
     KEY=$(sql "$bench" -c 'select create_api_key(administrator => true)')
