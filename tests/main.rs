@@ -11,6 +11,7 @@ mod contract;
 mod docs;
 mod failover;
 mod guard;
+mod ha;
 mod hostile;
 mod idempotency;
 mod input;

@@ -93,6 +93,7 @@ fn a_test_that_cannot_run_is_left_out_by_name_and_says_so() {
     assert_eq!(
         told,
         "setup: left out: the test with monitoring::prometheus_ in its name, which needs Prometheus. make monitoring runs it\n\
+         setup: left out: the test with ha::patroni_ in its name, which needs Patroni. make ha runs it\n\
          setup: left out: the test with behind_haproxy in its name, which needs HAProxy. make test-haproxy-tls runs it\n\
          setup: left out: the test with tls_verifies in its name, which needs PostgreSQL with TLS. make test-haproxy-tls runs it\n"
     );
@@ -110,6 +111,7 @@ fn a_test_that_cannot_run_is_left_out_by_name_and_says_so() {
     assert_eq!(
         left_out,
         [
+            "ha::patroni_fails_over_without_the_loss_of_an_acknowledged_write: test",
             "monitoring::prometheus_answers_every_query_of_the_dashboard_and_has_every_metric_of_an_alert: test",
             "rollout::a_rolling_restart_behind_haproxy_fails_no_request: test",
             "start::tls_verifies_the_certificate_chain_and_the_host_name: test",

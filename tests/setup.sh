@@ -22,6 +22,7 @@ case $command in
     test) needed='rust linker openssl server curl-7.84 python ps' wanted='haproxy tls' ;;
     test-haproxy-tls) needed='rust linker openssl server ps haproxy tls' ;;
     chaos) needed='rust linker openssl server ps' ;;
+    ha) needed='rust linker openssl server pip ps' ;;
     monitoring) needed='rust linker openssl server ps' ;;
     fuzz) needed='rust linker openssl database pip' ;;
     clients) needed='rust linker openssl database pip npm' ;;
@@ -59,6 +60,7 @@ about() {
         nats) echo 'nats-server|nats-server|nats-server' ;;
         curl | wrk | perl) echo "$1|$1|$1" ;;
         prometheus) echo 'Prometheus||' ;;
+        patroni) echo 'Patroni||' ;;
         systemd) echo 'systemd-analyze|systemd|' ;;
     esac
 }
@@ -117,11 +119,12 @@ field() {
 packages() { field "$@" | tr -s ' ' '\n' | sort -u | awk 'NF { printf "%s%s", blank, $0; blank = " " }'; }
 list() { field 1 "$@" | awk 'NR > 1 { printf ", " } { printf "%s", $0 }'; }
 
-# Prometheus has a command of its own anyway. The tests of HAProxy and of TLS are left out only on a machine without these.
+# Prometheus and Patroni have commands of their own anyway. The tests of HAProxy and of TLS are left out only on a machine without these.
 if [ "$command" = skips ]; then
-    for name in prometheus $(lacking haproxy tls); do
+    for name in prometheus patroni $(lacking haproxy tls); do
         case $name in
             prometheus) test=monitoring::prometheus_ runs=monitoring ;;
+            patroni) test=ha::patroni_ runs=ha ;;
             haproxy) test=behind_haproxy runs=test-haproxy-tls ;;
             tls) test=tls_verifies runs=test-haproxy-tls ;;
         esac

@@ -80,35 +80,20 @@ impl Cluster {
 
     /// Kills all processes with SIGKILL.
     pub fn kill(&self) {
-        let processes = self.processes();
-        send("-KILL", &processes);
-        while list_of_processes()
-            .iter()
-            .any(|[id, _, state]| processes.contains(id) && !state.starts_with('Z'))
-        {
-            std::thread::yield_now();
-        }
-        // Without an init process that reaps orphans, pg_ctl takes the zombie for a running server.
-        std::fs::remove_file(self.pid_file()).expect("remove postmaster.pid");
+        kill_postgres(&self.data());
     }
 
     /// Sends a signal to all processes.
     pub fn signal(&self, signal: &str) {
-        send(signal, &self.processes());
+        signal_postgres(signal, &self.data());
+    }
+
+    fn data(&self) -> PathBuf {
+        self.folder.path().join(".postgres/data")
     }
 
     pub fn pid_file(&self) -> PathBuf {
-        self.folder.path().join(".postgres/data/postmaster.pid")
-    }
-
-    fn processes(&self) -> Vec<String> {
-        let file = std::fs::read_to_string(self.pid_file()).expect("read postmaster.pid");
-        let postmaster = file.lines().next().expect("a process id");
-        list_of_processes()
-            .into_iter()
-            .filter(|[id, parent, _]| id == postmaster || parent == postmaster)
-            .map(|[id, ..]| id)
-            .collect()
+        self.data().join("postmaster.pid")
     }
 
     /// `host:port`.
@@ -130,6 +115,35 @@ impl Drop for Cluster {
     fn drop(&mut self) {
         self.call("down");
     }
+}
+
+/// Kills the server in this folder, with all of its processes.
+pub fn kill_postgres(data: &Path) {
+    let processes = processes_of(data);
+    send("-KILL", &processes);
+    while list_of_processes()
+        .iter()
+        .any(|[id, _, state]| processes.contains(id) && !state.starts_with('Z'))
+    {
+        std::thread::yield_now();
+    }
+    // Without an init process that reaps orphans, pg_ctl takes the zombie for a running server.
+    std::fs::remove_file(data.join("postmaster.pid")).expect("remove postmaster.pid");
+}
+
+/// Sends a signal to the server in this folder, and to all of its processes.
+pub fn signal_postgres(signal: &str, data: &Path) {
+    send(signal, &processes_of(data));
+}
+
+fn processes_of(data: &Path) -> Vec<String> {
+    let file = std::fs::read_to_string(data.join("postmaster.pid")).expect("read postmaster.pid");
+    let postmaster = file.lines().next().expect("a process id");
+    list_of_processes()
+        .into_iter()
+        .filter(|[id, parent, _]| id == postmaster || parent == postmaster)
+        .map(|[id, ..]| id)
+        .collect()
 }
 
 fn send(signal: &str, processes: &[String]) {

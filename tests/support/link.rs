@@ -26,13 +26,17 @@ struct State {
 
 impl Link {
     pub fn to(server: &Cluster) -> Self {
+        Self::to_address(server.address())
+    }
+
+    pub fn to_address(server: &str) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("bind a port");
         let address = listener.local_addr().expect("local address").to_string();
         let link = Self {
             address,
             state: Arc::default(),
         };
-        link.lead_to(server);
+        server.clone_into(&mut link.state.server.lock().expect("lock"));
         let state = link.state.clone();
         thread::spawn(move || {
             for client in listener.incoming() {
