@@ -110,6 +110,11 @@ bridge: setup-bridge $(REFINERY) $(NATS_PY) ## Kill the bridge to NATS, NATS, th
 	@cargo build --locked
 	@REFINERY="$(CURDIR)/$(REFINERY)" PYTHONPATH="$(CURDIR)/$(NATS_PY)" python3 tests/bridge.py
 
+.PHONY: sharding
+sharding: setup-sharding $(REFINERY) ## Run the service on two servers behind PgDog, the program in PGDOG, and stop one of them
+	@cargo build --locked
+	@REFINERY="$(CURDIR)/$(REFINERY)" PGDOG="$(PGDOG)" tests/sharding.sh
+
 .PHONY: monitoring
 monitoring: setup-monitoring $(REFINERY) $(PROMETHEUS) ## Test the alerts, and run each query of the dashboard against Prometheus and PostgreSQL
 	@$(dir $(PROMETHEUS))promtool check rules deploy/prometheus/rules.yml

@@ -27,6 +27,7 @@ case $command in
     fuzz) needed='rust linker openssl database pip' ;;
     clients) needed='rust linker openssl database pip npm' ;;
     bridge) needed='rust linker openssl server pip ps nats' ;;
+    sharding) needed='rust linker openssl server curl python' ;;
     bench) needed='rust linker openssl server curl wrk perl' ;;
     check | lint) needed='rust linker clippy pip' wanted=systemd ;;
     skips) needed='' ;;
