@@ -116,6 +116,27 @@ async fn requests_that_wait_for_a_connection_are_served_by_the_promoted_standby(
 }
 
 #[tokio::test]
+async fn a_primary_that_was_not_stopped_is_replaced_by_the_promoted_standby() {
+    let (primary, standby) = synchronous_pair().await;
+    let url = through(&primary, &[primary.address(), standby.address()]);
+    let url = format!("{url}?target_session_attrs=read-write");
+    let service = Service::start_at(&url, &[]);
+    assert_eq!(service.post(LOFT).status, 201);
+    standby.call("promote");
+    // On the former primary, the commit would wait for a standby without end.
+    within(Duration::from_secs(3), "a write", || {
+        service.patch("/listings/1", "{}").status == 200
+    });
+    // An instance that starts now chooses the same server.
+    let other = Service::start_at(&url, &[]);
+    for service in [&service, &other] {
+        let report = service.admin("/health/ready");
+        let primary = format!("primary {} accepts writes", standby.address());
+        assert!(report.text().contains(&primary), "{report:?}");
+    }
+}
+
+#[tokio::test]
 async fn a_write_is_not_acknowledged_if_its_wait_for_the_standby_was_cancelled() {
     let (primary, standby) = synchronous_pair().await;
     let service = Service::start_at(&primary.url, &[]);

@@ -1,10 +1,11 @@
 //! Probes every server four times a second, chooses the primary, and measures the lag of the others.
 //!
 //! The primary stays the primary while it accepts writes. If `DATABASE_URL` names several hosts, another one becomes the
-//! primary as soon as it accepts writes.
+//! primary as soon as it accepts writes and the former one does not, or was promoted before it.
 
 use std::collections::VecDeque;
 use std::pin::pin;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -119,6 +120,9 @@ impl Monitor {
         refusal: Option<String>,
     ) {
         let result = result.and_then(|probe| self.require_timeline(server, probe));
+        if let Ok(probe) = &result {
+            server.timeline.store(probe.wal.timeline, Ordering::Relaxed);
+        }
         let state = match (result, server.state()) {
             (Ok(Probe { writable, wal }), _) => State::Up {
                 writable,
@@ -164,15 +168,19 @@ impl Monitor {
     /// A suspicion alone does not move the primary.
     fn choose_primary(&self) {
         let accepts_writes = |server: &&Arc<Server>| server.state().writable() == Some(true);
+        let timeline = |server: &Arc<Server>| server.timeline.load(Ordering::Relaxed);
         let primary = self.primary.borrow().clone();
-        if accepts_writes(&&primary) {
+        let accepting = self.candidates.iter().filter(accepts_writes);
+        // The first of those that were promoted last. The others are former primaries that still run.
+        let newest = accepting.rev().max_by_key(|server| timeline(server));
+        if accepts_writes(&&primary)
+            && newest.is_none_or(|newest| timeline(newest) <= timeline(&primary))
+        {
             return;
         }
         let is_down = matches!(primary.state(), State::Down { .. });
         let is_up = |server: &&Arc<Server>| is_down && server.state().writable().is_some();
-        let mut candidates = self.candidates.iter();
-        let next = candidates.clone().find(accepts_writes);
-        let next = next.or_else(|| candidates.find(is_up));
+        let next = newest.or_else(|| self.candidates.iter().find(is_up));
         if let Some(next) = next.filter(|next| **next != primary) {
             log::warn!(
                 "database server {} is now the primary and replaces {}",

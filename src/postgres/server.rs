@@ -6,7 +6,7 @@
 use std::fmt::{self, Display};
 use std::mem::replace;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::time::Duration;
 
 use tokio::sync::{Notify, watch};
@@ -29,6 +29,8 @@ pub struct Server {
     /// How long requests wait for this server after it went down.
     pub(super) grace_period: Duration,
     pub(super) state: watch::Sender<State>,
+    /// That of the last probe. Each promotion begins a greater one.
+    pub(super) timeline: AtomicI32,
     /// Wakes the monitor: a request lost its connection.
     pub(super) suspected: Notify,
     /// Whether a request got an answer since the last probe was sent.
@@ -147,6 +149,7 @@ impl Server {
             is_proxy: settings.sharding_proxy,
             grace_period,
             state: watch::Sender::new(State::Down { reason }),
+            timeline: AtomicI32::new(0),
             suspected: Notify::new(),
             answered: AtomicBool::new(false),
             refused: AtomicBool::new(false),
