@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use tokio_postgres::Config;
-use tokio_postgres::config::{Host, SslMode};
+use tokio_postgres::config::{Host, SslMode, TargetSessionAttrs};
 
 pub struct Setting {
     pub name: &'static str,
@@ -131,8 +131,16 @@ impl Settings {
         let workers = count("WORKERS", cores.min(8))?;
         let ca_file = path("DATABASE_CA_FILE");
         let database = |name| database(name, ca_file.is_some());
+        let primary = database("DATABASE_URL")?
+            .with_context(|| format!("DATABASE_URL is not set: {URL_FORM}"))?;
         let replicas = database("DATABASE_READ_URL")?.unwrap_or_default();
         let sharding_proxy = sharding_proxy()?;
+        // The driver would ask a server for it, up or down, before each session.
+        let asks_servers = |url: &Config| url.get_target_session_attrs() != TargetSessionAttrs::Any;
+        ensure!(
+            !sharding_proxy || !primary.iter().any(asks_servers),
+            "SHARDING_PROXY=on and DATABASE_URL has target_session_attrs: remove it from the URL"
+        );
         ensure!(
             !sharding_proxy || replicas.is_empty(),
             "SHARDING_PROXY=on and DATABASE_READ_URL is set: unset it, and let the proxy read from replicas"
@@ -143,8 +151,7 @@ impl Settings {
             "SHARDING_PROXY=on and BATCH_SIZE={batch_size}: unset BATCH_SIZE, a statement must name one listing"
         );
         Ok(Self {
-            database: database("DATABASE_URL")?
-                .with_context(|| format!("DATABASE_URL is not set: {URL_FORM}"))?,
+            database: primary,
             replicas,
             replica_lag: milliseconds("REPLICA_LAG_MS", 1)?,
             ca_file,

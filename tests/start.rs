@@ -35,6 +35,11 @@ fn behind_a_sharding_proxy_batches_and_replicas_are_refused() {
             "postgres://h/d",
             "SHARDING_PROXY=on and DATABASE_READ_URL is set: unset it, and let the proxy read from replicas",
         ),
+        (
+            "DATABASE_URL",
+            "postgres://h/d?target_session_attrs=read-write",
+            "SHARDING_PROXY=on and DATABASE_URL has target_session_attrs: remove it from the URL",
+        ),
     ] {
         let mut command = command("postgres://h/d");
         command.env("SHARDING_PROXY", "on").env(name, value);

@@ -4,6 +4,7 @@
 
 use std::error::Error as StdError;
 use std::fmt;
+use std::time::{Duration, Instant};
 
 use actix_web::HttpRequest;
 use actix_web::http::header::{self, HeaderMap};
@@ -14,7 +15,7 @@ use tokio_postgres::types::{FromSql, IsNull, ToSql, Type, accepts, to_sql_checke
 
 use crate::http::body;
 use crate::http::error::ApiError;
-use crate::postgres::{Database, Error, Key, Lookup, LookupSql, Parameters, Rows};
+use crate::postgres::{Database, Error, ErrorKind, Key, Lookup, LookupSql, Rows};
 use crate::settings::{AuthMode, Settings};
 
 /// Who a write is for.
@@ -25,11 +26,13 @@ pub struct Writer {
     pub actor: Option<String>,
 }
 
-/// What the write is about. A sharding proxy sends the lookup of the key to the same server, so no other one has to be up.
+/// What a write is about. A sharding proxy sends the lookup of the API key to the same server, so no other one has to be up.
 pub enum Subject<'a> {
     Listing(i32),
-    /// The idempotency key of a new listing, or a random text.
-    New(&'a str),
+    /// A new listing with an idempotency key.
+    Key(&'a str),
+    /// Each server has all API keys.
+    Any,
 }
 
 pub struct Auth(Keys);
@@ -42,16 +45,24 @@ enum Keys {
     Routed(Data<Database>),
 }
 
-pub const SELECT_KEYS: LookupSql = LookupSql {
+const SELECT_KEYS: LookupSql = LookupSql {
     one: "select key_sha256, id, owner from public.find_api_keys(array[$1::bytea])",
     many: "select key_sha256, id, owner from public.find_api_keys($1)",
 };
 
-/// The proxy reads the first query, which PostgreSQL does not run.
+/// The proxy reads the first query. PostgreSQL does not run it.
 const SELECT_KEY_AT_LISTING: &str = "with subject as (select from public.listing where id = $2) \
     select key_sha256, id, owner from public.find_api_keys(array[$1::bytea])";
-const SELECT_KEY_AT_NEW: &str = "with subject as (select from public.idempotency_key where key = $2) \
+const SELECT_KEY_AT_KEY: &str = "with subject as (select from public.idempotency_key where key = $2) \
     select key_sha256, id, owner from public.find_api_keys(array[$1::bytea])";
+
+/// Every statement of this file.
+pub const STATEMENTS: [&str; 4] = [
+    SELECT_KEYS.one,
+    SELECT_KEYS.many,
+    SELECT_KEY_AT_LISTING,
+    SELECT_KEY_AT_KEY,
+];
 
 impl Auth {
     /// Keys are looked up on the primary alone. A replica may not know new keys and revocations yet.
@@ -98,22 +109,45 @@ impl Auth {
     }
 
     async fn find(&self, hash: KeyHash, subject: Subject<'_>) -> Result<Rows, Error> {
-        let rows = match (&self.0, subject) {
-            (Keys::Off, _) => Vec::new(),
-            (Keys::Batched(lookup), _) => return lookup.get_on_primary(hash).await,
-            (Keys::Routed(database), Subject::Listing(id)) => {
-                let values: Parameters = &[&hash, &id];
-                database
-                    .read_on_primary(SELECT_KEY_AT_LISTING, values)
-                    .await?
-            }
-            (Keys::Routed(database), Subject::New(key)) => {
-                let values: Parameters = &[&hash, &key];
-                database.read_on_primary(SELECT_KEY_AT_NEW, values).await?
+        let database = match &self.0 {
+            Keys::Off => return Err(Error::internal("AUTH=off looks up no key")),
+            Keys::Batched(lookup) => return lookup.get_on_primary(hash).await,
+            Keys::Routed(database) => database,
+        };
+        let select = async |sql: &str, value: &(dyn ToSql + Sync)| {
+            database.read_on_primary(sql, &[&hash, value]).await
+        };
+        let rows = match subject {
+            Subject::Listing(id) => select(SELECT_KEY_AT_LISTING, &id).await?,
+            Subject::Key(key) => select(SELECT_KEY_AT_KEY, &key).await?,
+            Subject::Any => {
+                let select = async |key: &str| select(SELECT_KEY_AT_KEY, &key).await;
+                with_random_key(select).await?.1
             }
         };
         Ok(Rows::new(rows))
     }
+}
+
+/// Runs a query that a sharding proxy sends to a server by its key, with random keys until a server answers. Returns the key.
+pub async fn with_random_key<T>(
+    query: impl AsyncFn(&str) -> Result<T, Error>,
+) -> Result<(String, T), Error> {
+    /// With half of the servers down, one of 256 requests finds none.
+    const MAX_ATTEMPTS: usize = 8;
+    const TIMEOUT: Duration = Duration::from_secs(2);
+    let begun = Instant::now();
+    for attempt in 1.. {
+        let key = fastrand::u64(..).to_string();
+        match query(&key).await {
+            Err(error)
+                if error.kind == ErrorKind::Unavailable
+                    && attempt < MAX_ATTEMPTS
+                    && begun.elapsed() < TIMEOUT => {}
+            result => return Ok((key, result?)),
+        }
+    }
+    Err(Error::internal("there are endless attempts"))
 }
 
 /// The key in the single `Authorization: Bearer …`. The case of the scheme does not matter (RFC 9110). The key has only the

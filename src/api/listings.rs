@@ -9,7 +9,7 @@ use sha2::{Digest, Sha256};
 use tokio_postgres::Row;
 use tokio_postgres::types::ToSql;
 
-use super::auth::{Auth, Subject, Writer};
+use super::auth::{Auth, Subject, Writer, with_random_key};
 use super::listing_filter::Filter;
 use super::listing_input::Input;
 use crate::http::error::ApiError;
@@ -117,7 +117,7 @@ pub fn parse_id(text: &str) -> Result<i32, ApiError> {
 
 /// The subject of a write to this path. The key is verified before the id.
 fn subject(path: &str) -> Subject<'_> {
-    parse_id(path).map_or(Subject::New(path), Subject::Listing)
+    parse_id(path).map_or(Subject::Any, Subject::Listing)
 }
 
 /// An expression that sets `listing.actor` for this transaction before it returns its value. So the actor is known before any
@@ -194,23 +194,27 @@ pub async fn create(
     settings: Data<Settings>,
 ) -> Result<HttpResponse, ApiError> {
     let key = idempotency_key(request.headers());
-    let random = if settings.sharding_proxy && matches!(key, Ok(None)) {
-        key_of_reachable_server(&database).await
-    } else {
-        String::new()
+    let subject = match key {
+        Ok(Some(key)) => Subject::Key(key),
+        _ => Subject::Any,
     };
-    let subject = key.as_ref().ok().and_then(|key| *key).unwrap_or(&random);
-    let admitted = auth.admit(&request, payload, Subject::New(subject));
+    let admitted = auth.admit(&request, payload, subject);
     let (Writer { owner, actor }, body) = admitted.await?;
     body::require_type(&request, &["application/json"])?;
-    let is_repeatable = key?.is_some();
+    let key = key?;
     let input = Input::parse(&body, true, None)?;
-    let who: Parameters = &[&owner, &actor, &subject];
-    let values = [&input.values(), who].concat();
-    if !is_repeatable {
+    let Some(key) = key else {
+        let mut random = String::new();
+        if settings.sharding_proxy {
+            let select = async |key: &str| database.read_on_primary(SELECT_BY_KEY, &[&key]).await;
+            (random, _) = with_random_key(select).await?;
+        }
+        let who: Parameters = &[&owner, &actor, &random];
+        let values = [&input.values(), who].concat();
         return created(&database.write(None, INSERT, &values).await?);
-    }
-    let key = subject;
+    };
+    let who: Parameters = &[&owner, &actor, &key];
+    let values = [&input.values(), who].concat();
     let hash = Sha256::digest(&body).to_vec();
     let body_sha256: Parameters = &[&hash];
     let values = [&values, body_sha256].concat();
@@ -222,7 +226,8 @@ pub async fn create(
         inserted => return created(&inserted?),
     };
     let parameters: Parameters = &[&owner, &key, &hash];
-    let rows = database.write(None, SELECT_REPEATED, parameters).await?;
+    let repeated = database.write_repeatably(queue, SELECT_REPEATED, parameters);
+    let rows = repeated.await?;
     // Without a row, another unique index refused the listing.
     let row = rows.first().ok_or(duplicate)?;
     if !row.try_get("same_body")? {
@@ -239,23 +244,8 @@ pub async fn create(
     Ok(response)
 }
 
+/// Finds out which random key belongs to a server that answers, for a new listing behind a sharding proxy.
 const SELECT_BY_KEY: &str = "select from public.idempotency_key where key = $1 limit 0";
-
-/// A random key whose server answers, for a new listing without an idempotency key. If none answers, the insert says so.
-async fn key_of_reachable_server(database: &Database) -> String {
-    let mut key = String::new();
-    for _ in 0..8 {
-        key = fastrand::u64(..).to_string();
-        if database
-            .read_on_primary(SELECT_BY_KEY, &[&key])
-            .await
-            .is_ok()
-        {
-            break;
-        }
-    }
-    key
-}
 
 fn created(rows: &[Row]) -> Result<HttpResponse, ApiError> {
     let row = rows
@@ -511,6 +501,7 @@ pub fn statements() -> Vec<(&'static str, String)> {
         ("POST /listings", INSERT.to_owned()),
         ("POST /listings", INSERT_ONCE.to_owned()),
         ("POST /listings", SELECT_REPEATED.to_owned()),
+        ("POST /listings", SELECT_BY_KEY.to_owned()),
         ("GET /listings/{id}", SELECT_BY_ID.one.to_owned()),
         ("GET /listings/{id}", SELECT_BY_ID.many.to_owned()),
         ("PATCH /listings/{id}", UPDATE.to_owned()),

@@ -20,7 +20,7 @@ pub use self::change_feed::Feed;
 
 use crate::http::body;
 use crate::http::error::ApiError;
-use crate::postgres::{Database, LookupSql};
+use crate::postgres::Database;
 use crate::settings::{AuthMode, Settings};
 
 /// Adds the routes, and what their handlers need on this worker.
@@ -69,9 +69,8 @@ pub fn statements(auth: AuthMode) -> Vec<(&'static str, String)> {
     statements.extend(prices::statements());
     statements.extend(change_page::statements());
     if auth == AuthMode::Keys {
-        let LookupSql { one, many } = auth::SELECT_KEYS;
-        let statements_of_keys = [one, many].map(|sql| ("a lookup of API keys", sql.to_owned()));
-        statements.extend(statements_of_keys);
+        let keys = auth::STATEMENTS.map(|sql| ("a lookup of API keys", sql.to_owned()));
+        statements.extend(keys);
     }
     statements
 }

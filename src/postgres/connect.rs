@@ -37,6 +37,7 @@ pub fn connect(
                             log::warn!("a promotion may undo a write: {}", notice.message());
                             return;
                         }
+                        Ok(AsyncMessage::Notice(notice)) => log::info!("{notice}"),
                         Ok(_) => (),
                         // The requests in flight get the error too, and report it.
                         Err(error) => {

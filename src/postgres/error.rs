@@ -5,7 +5,7 @@ use std::fmt::{self, Display};
 use std::io;
 
 use deadpool_postgres::PoolError;
-use tokio_postgres::error::SqlState;
+use tokio_postgres::error::{DbError, Severity, SqlState};
 
 #[derive(Clone, Debug)]
 pub struct Error {
@@ -122,15 +122,15 @@ pub fn connection_is_lost(error: &tokio_postgres::Error) -> bool {
     ];
     match error.code() {
         // A sharding proxy closes the connection if its server ended during the statement.
-        Some(&SqlState::SYSTEM_ERROR) => severity_is_fatal(error),
+        Some(&SqlState::SYSTEM_ERROR) => is_fatal(error),
         Some(code) => lost_codes.contains(code) || code.code().starts_with("08"),
         None => error.is_closed() || error.source().is_some_and(<dyn StdError>::is::<io::Error>),
     }
 }
 
-fn severity_is_fatal(error: &tokio_postgres::Error) -> bool {
-    let error = error.as_db_error();
-    error.is_some_and(|error| error.severity() == "FATAL")
+fn is_fatal(error: &tokio_postgres::Error) -> bool {
+    let severity = error.as_db_error().and_then(DbError::parsed_severity);
+    severity == Some(Severity::Fatal)
 }
 
 /// Whether PostgreSQL itself said that it did not run the statement. A proxy between them reports a lost connection with a code

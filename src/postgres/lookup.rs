@@ -4,7 +4,7 @@
 //! 50 % more listings and 25 % more prices per second than one query per read. A second connection gives less, because batches
 //! get smaller. Batches over 64 gain nothing.
 //!
-//! With a batch size of 1, each read is a statement for one key, on a connection of the pool.
+//! Behind a sharding proxy, each read is a statement for one key, on a connection of the pool.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -45,7 +45,6 @@ pub struct ServerLookup<K> {
     /// With `Write`, fails on a server that is read-only.
     access: Access,
     session: RefCell<Option<Rc<Session>>>,
-    batch_size: usize,
     batcher: Batcher<K, Rows>,
 }
 
@@ -76,7 +75,6 @@ impl<K: Key> ServerLookup<K> {
             access,
             session: RefCell::default(),
             batcher: Batcher::new(batch_size, queue_size, pool.answer_timeout),
-            batch_size,
         });
         let serving = lookup.clone();
         rt::spawn(async move {
@@ -87,10 +85,7 @@ impl<K: Key> ServerLookup<K> {
     }
 
     pub async fn get(&self, key: K) -> Result<Rows, Error> {
-        if self.batch_size == 1 {
-            if self.access == Access::Write {
-                self.pool.writable().await?;
-            }
+        if self.pool.server().is_proxy {
             return self.pool.read(self.sql.one, &[&key]).await.map(Rc::new);
         }
         let alone = async |key| self.query(&[key]).await.map(Rc::new);
