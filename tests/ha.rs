@@ -21,9 +21,9 @@ use crate::support::{
 /// Far more than a failover takes, or the return of a server.
 const LIMIT: Duration = Duration::from_mins(2);
 
-/// What the test does. It strikes the leader, unless the name says otherwise.
+/// What the test does. It happens to the leader, unless the name says otherwise.
 #[derive(Clone, Copy, Debug)]
-enum Blow {
+enum Fault {
     Switchover,
     /// Kills Patroni and PostgreSQL.
     Kill,
@@ -37,15 +37,15 @@ enum Blow {
     RollingRestart,
 }
 
-const BLOWS: [Blow; 8] = [
-    Blow::Switchover,
-    Blow::Kill,
-    Blow::CutOffFromAllButClients,
-    Blow::WipeStandby,
-    Blow::Pause,
-    Blow::CutOffFromClients,
-    Blow::CutOffFromEtcd,
-    Blow::RollingRestart,
+const FAULTS: [Fault; 8] = [
+    Fault::Switchover,
+    Fault::Kill,
+    Fault::CutOffFromAllButClients,
+    Fault::WipeStandby,
+    Fault::Pause,
+    Fault::CutOffFromClients,
+    Fault::CutOffFromEtcd,
+    Fault::RollingRestart,
 ];
 
 struct Node {
@@ -257,37 +257,37 @@ impl World {
         succeed(command, "");
     }
 
-    fn strike(&mut self, blow: Blow) {
+    fn inject(&mut self, fault: Fault) {
         let leader = self.leader().expect("a leader");
         let others = [(leader + 1) % 3, (leader + 2) % 3];
-        match blow {
-            Blow::Switchover => {
+        match fault {
+            Fault::Switchover => {
                 self.patronictl(&["switchover", "listing", "--force"]);
                 self.wait_for_another_leader(leader);
             }
-            Blow::Kill => {
+            Fault::Kill => {
                 self.nodes[leader].kill();
                 self.wait_for_another_leader(leader);
                 self.nodes[leader].restart();
             }
-            Blow::Pause => {
+            Fault::Pause => {
                 self.nodes[leader].signal("-STOP");
                 self.wait_for_another_leader(leader);
                 self.nodes[leader].signal("-CONT");
             }
-            Blow::CutOffFromClients => {
+            Fault::CutOffFromClients => {
                 self.nodes[leader].clients.cut(true);
                 thread::sleep(Duration::from_secs(5));
                 self.nodes[leader].clients.cut(false);
             }
-            Blow::CutOffFromEtcd => {
+            Fault::CutOffFromEtcd => {
                 self.nodes[leader].etcd.cut(true);
                 // Longer than `ttl`.
                 thread::sleep(Duration::from_secs(25));
                 assert!(self.nodes[leader].is_leader());
                 self.nodes[leader].etcd.cut(false);
             }
-            Blow::CutOffFromAllButClients => {
+            Fault::CutOffFromAllButClients => {
                 let node = &self.nodes[leader];
                 let others = others.map(|other| &self.nodes[other]);
                 let links = [&node.patronis, &others[0].patronis, &others[1].patronis];
@@ -307,11 +307,11 @@ impl World {
                 node.etcd.cut(false);
                 node.standbys.cut(false);
             }
-            Blow::WipeStandby => {
+            Fault::WipeStandby => {
                 let standby = self.nodes[others[0]].name;
                 self.patronictl(&["reinit", "listing", standby, "--force", "--wait"]);
             }
-            Blow::RollingRestart => self.patronictl(&["restart", "listing", "--force"]),
+            Fault::RollingRestart => self.patronictl(&["restart", "listing", "--force"]),
         }
         self.wait_until_healthy();
     }
@@ -326,11 +326,17 @@ impl Drop for World {
                 let lines: Vec<_> = lines.into_iter().rev().collect();
                 println!("log of {}:\n{}", node.name, lines.join("\n"));
             }
-            node.signal("-CONT");
-            node.kill();
+            // Each fails if it has ended.
+            let _ = node.patroni.kill();
+            let _ = node.patroni.wait();
+            let data = node.data();
+            if data.join("postmaster.pid").exists() {
+                signal_postgres("-CONT", &data);
+                kill_postgres(&data);
+            }
         }
-        self.etcd.kill().expect("kill etcd");
-        self.etcd.wait().expect("wait for etcd");
+        let _ = self.etcd.kill();
+        let _ = self.etcd.wait();
     }
 }
 
@@ -389,13 +395,13 @@ async fn patroni_fails_over_without_the_loss_of_an_acknowledged_write() {
     let addresses = instances.each_ref().map(|it| it.address.clone());
     let mut history = History::record(&addresses, fastrand::u64(..1_000_000));
     thread::sleep(Duration::from_secs(1));
-    for (number, blow) in BLOWS.into_iter().cycle().enumerate() {
-        if number >= BLOWS.len() && history.begun.elapsed() > duration {
+    for (number, fault) in FAULTS.into_iter().cycle().enumerate() {
+        if number >= FAULTS.len() && history.begun.elapsed() > duration {
             break;
         }
-        let struck = Instant::now();
-        world.strike(blow);
-        history.recovered(&format!("{blow:?}"), struck, Duration::from_secs(10));
+        let begun = Instant::now();
+        world.inject(fault);
+        history.recovered(&format!("{fault:?}"), begun, Duration::from_secs(10));
     }
     let leader = &world.nodes[world.leader().expect("a leader")].postgres;
     let superuser = url("postgres", &[leader], "listing").parse();

@@ -24,6 +24,8 @@ pub struct Writer {
     pub owner: Option<String>,
     /// The value of `changed_by` in the log. `None`: the role that the service logged in as.
     pub actor: Option<String>,
+    /// Behind a sharding proxy, the random key whose server had the API key.
+    pub key: Option<String>,
 }
 
 /// What a write is about. A sharding proxy sends the lookup of the API key to the same server, so no other one has to be up.
@@ -84,8 +86,12 @@ impl Auth {
         // Looked up after the body has arrived, so that a revocation counts as late as possible.
         let body = body::read(request, payload).await;
         if matches!(self.0, Keys::Off) {
-            let (owner, actor) = (None, None);
-            return Ok((Writer { owner, actor }, body?));
+            let writer = Writer {
+                owner: None,
+                actor: None,
+                key: None,
+            };
+            return Ok((writer, body?));
         }
         let key = bearer(request.headers())?;
         let body = match body {
@@ -94,7 +100,7 @@ impl Auth {
             body => body,
         };
         let hash = KeyHash(Sha256::digest(key).into());
-        let rows = self.find(hash, subject).await?;
+        let (key, rows) = self.find(hash, subject).await?;
         let row = rows
             .first()
             .ok_or_else(|| ApiError::unauthorized("the key is not valid"))?;
@@ -105,27 +111,32 @@ impl Auth {
             None => format!("admin:{}", row.try_get::<_, i64>("id")?),
         };
         let actor = Some(actor);
-        Ok((Writer { owner, actor }, body?))
+        Ok((Writer { owner, actor, key }, body?))
     }
 
-    async fn find(&self, hash: KeyHash, subject: Subject<'_>) -> Result<Rows, Error> {
+    async fn find(
+        &self,
+        hash: KeyHash,
+        subject: Subject<'_>,
+    ) -> Result<(Option<String>, Rows), Error> {
         let database = match &self.0 {
             Keys::Off => return Err(Error::internal("AUTH=off looks up no key")),
-            Keys::Batched(lookup) => return lookup.get_on_primary(hash).await,
+            Keys::Batched(lookup) => return Ok((None, lookup.get_on_primary(hash).await?)),
             Keys::Routed(database) => database,
         };
         let select = async |sql: &str, value: &(dyn ToSql + Sync)| {
             database.read_on_primary(sql, &[&hash, value]).await
         };
-        let rows = match subject {
-            Subject::Listing(id) => select(SELECT_KEY_AT_LISTING, &id).await?,
-            Subject::Key(key) => select(SELECT_KEY_AT_KEY, &key).await?,
+        let (key, rows) = match subject {
+            Subject::Listing(id) => (None, select(SELECT_KEY_AT_LISTING, &id).await?),
+            Subject::Key(key) => (None, select(SELECT_KEY_AT_KEY, &key).await?),
             Subject::Any => {
                 let select = async |key: &str| select(SELECT_KEY_AT_KEY, &key).await;
-                with_random_key(select).await?.1
+                let (key, rows) = with_random_key(select).await?;
+                (Some(key), rows)
             }
         };
-        Ok(Rows::new(rows))
+        Ok((key, Rows::new(rows)))
     }
 }
 

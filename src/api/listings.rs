@@ -199,16 +199,22 @@ pub async fn create(
         _ => Subject::Any,
     };
     let admitted = auth.admit(&request, payload, subject);
-    let (Writer { owner, actor }, body) = admitted.await?;
+    let (writer, body) = admitted.await?;
+    let Writer {
+        owner,
+        actor,
+        key: random,
+    } = writer;
     body::require_type(&request, &["application/json"])?;
     let key = key?;
     let input = Input::parse(&body, true, None)?;
     let Some(key) = key else {
-        let mut random = String::new();
-        if settings.sharding_proxy {
-            let select = async |key: &str| database.read_on_primary(SELECT_BY_KEY, &[&key]).await;
-            (random, _) = with_random_key(select).await?;
-        }
+        let select = async |key: &str| database.read_on_primary(SELECT_BY_KEY, &[&key]).await;
+        let random = match random {
+            Some(random) => random,
+            None if settings.sharding_proxy => with_random_key(select).await?.0,
+            None => String::new(),
+        };
         let who: Parameters = &[&owner, &actor, &random];
         let values = [&input.values(), who].concat();
         return created(&database.write(None, INSERT, &values).await?);
@@ -386,7 +392,7 @@ async fn update(
     id: i32,
     input: Input,
 ) -> Result<HttpResponse, ApiError> {
-    let Writer { owner, actor } = writer;
+    let Writer { owner, actor, .. } = writer;
     let versions = conditional::expected_versions(request);
     let sets_phone = input.sets_contact_phone_number;
     let which: Parameters = &[&sets_phone, &id, &versions, &owner, &actor];
@@ -411,7 +417,7 @@ pub async fn delete(
     database: Data<Database>,
 ) -> Result<HttpResponse, ApiError> {
     let admitted = auth.admit(&request, payload, subject(&path));
-    let (Writer { owner, actor }, _) = admitted.await?;
+    let (Writer { owner, actor, .. }, _) = admitted.await?;
     let id = parse_id(&path)?;
     let versions = conditional::expected_versions(&request);
     let values: Parameters = &[&id, &versions, &owner, &actor];
