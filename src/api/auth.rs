@@ -148,17 +148,16 @@ pub async fn with_random_key<T>(
     const MAX_ATTEMPTS: usize = 8;
     const TIMEOUT: Duration = Duration::from_secs(2);
     let begun = Instant::now();
-    for attempt in 1.. {
+    let mut attempts = 0;
+    loop {
+        attempts += 1;
+        let may_repeat = attempts < MAX_ATTEMPTS && begun.elapsed() < TIMEOUT;
         let key = fastrand::u64(..).to_string();
         match query(&key).await {
-            Err(error)
-                if error.kind == ErrorKind::Unavailable
-                    && attempt < MAX_ATTEMPTS
-                    && begun.elapsed() < TIMEOUT => {}
+            Err(error) if error.kind == ErrorKind::Unavailable && may_repeat => (),
             result => return Ok((key, result?)),
         }
     }
-    Err(Error::internal("there are endless attempts"))
 }
 
 /// The key in the single `Authorization: Bearer …`. The case of the scheme does not matter (RFC 9110). The key has only the

@@ -198,8 +198,7 @@ pub async fn create(
         Ok(Some(key)) => Subject::Key(key),
         _ => Subject::Any,
     };
-    let admitted = auth.admit(&request, payload, subject);
-    let (writer, body) = admitted.await?;
+    let (writer, body) = auth.admit(&request, payload, subject).await?;
     let Writer {
         owner,
         actor,
