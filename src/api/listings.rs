@@ -162,8 +162,10 @@ macro_rules! with_key {
     };
 }
 
-/// Without an idempotency key, the key is a random text, or empty if there is no such proxy.
-const INSERT: &str = concat!(with_key!("$15"), " ", insert!());
+const INSERT: &str = insert!();
+
+/// The same with a random key, behind a sharding proxy.
+const INSERT_BY_KEY: &str = concat!(with_key!("$15"), " ", insert!());
 
 /// Fails if the key exists. Then neither of both rows is inserted.
 const INSERT_ONCE: &str = concat!(
@@ -210,13 +212,17 @@ pub async fn create(
     let Some(key) = key else {
         let select = async |key: &str| database.read_on_primary(SELECT_BY_KEY, &[&key]).await;
         let random = match random {
-            Some(random) => random,
-            None if settings.sharding_proxy => with_random_key(select).await?.0,
-            None => String::new(),
+            None if settings.sharding_proxy => Some(with_random_key(select).await?.0),
+            random => random,
         };
-        let who: Parameters = &[&owner, &actor, &random];
+        let who: Parameters = &[&owner, &actor];
         let values = [&input.values(), who].concat();
-        return created(&database.write(None, INSERT, &values).await?);
+        let Some(random) = random else {
+            return created(&database.write(None, INSERT, &values).await?);
+        };
+        let key: Parameters = &[&random];
+        let values = [&values, key].concat();
+        return created(&database.write(None, INSERT_BY_KEY, &values).await?);
     };
     let who: Parameters = &[&owner, &actor, &key];
     let values = [&input.values(), who].concat();
@@ -504,6 +510,7 @@ pub fn statements() -> Vec<(&'static str, String)> {
     vec![
         ("GET /listings", Page::new(Filter::by_everything()).sql),
         ("POST /listings", INSERT.to_owned()),
+        ("POST /listings", INSERT_BY_KEY.to_owned()),
         ("POST /listings", INSERT_ONCE.to_owned()),
         ("POST /listings", SELECT_REPEATED.to_owned()),
         ("POST /listings", SELECT_BY_KEY.to_owned()),
