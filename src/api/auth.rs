@@ -37,11 +37,10 @@ pub enum Subject<'a> {
     Any,
 }
 
-pub struct Auth(Keys);
+/// `None`: no key is needed.
+pub struct Auth(Option<Keys>);
 
 enum Keys {
-    /// No key is needed.
-    Off,
     Batched(Lookup<KeyHash>),
     /// Behind a sharding proxy.
     Routed(Data<Database>),
@@ -70,9 +69,9 @@ impl Auth {
     /// Keys are looked up on the primary alone. A replica may not know new keys and revocations yet.
     pub fn new(database: &Data<Database>, settings: &Settings) -> Self {
         Self(match settings.auth {
-            AuthMode::Off => Keys::Off,
-            AuthMode::Keys if settings.sharding_proxy => Keys::Routed(database.clone()),
-            AuthMode::Keys => Keys::Batched(database.lookup_on_primary(SELECT_KEYS)),
+            AuthMode::Off => None,
+            AuthMode::Keys if settings.sharding_proxy => Some(Keys::Routed(database.clone())),
+            AuthMode::Keys => Some(Keys::Batched(database.lookup_on_primary(SELECT_KEYS))),
         })
     }
 
@@ -85,14 +84,14 @@ impl Auth {
     ) -> Result<(Writer, Bytes), ApiError> {
         // Looked up after the body has arrived, so that a revocation counts as late as possible.
         let body = body::read(request, payload).await;
-        if matches!(self.0, Keys::Off) {
+        let Some(keys) = &self.0 else {
             let writer = Writer {
                 owner: None,
                 actor: None,
                 key: None,
             };
             return Ok((writer, body?));
-        }
+        };
         let key = bearer(request.headers())?;
         let body = match body {
             // The connection closes after this error. There is no time for the lookup.
@@ -100,7 +99,7 @@ impl Auth {
             body => body,
         };
         let hash = KeyHash(Sha256::digest(key).into());
-        let (key, rows) = self.find(hash, subject).await?;
+        let (key, rows) = keys.find(hash, subject).await?;
         let row = rows
             .first()
             .ok_or_else(|| ApiError::unauthorized("the key is not valid"))?;
@@ -113,16 +112,17 @@ impl Auth {
         let actor = Some(actor);
         Ok((Writer { owner, actor, key }, body?))
     }
+}
 
+impl Keys {
     async fn find(
         &self,
         hash: KeyHash,
         subject: Subject<'_>,
     ) -> Result<(Option<String>, Rows), Error> {
-        let database = match &self.0 {
-            Keys::Off => return Err(Error::internal("AUTH=off looks up no key")),
-            Keys::Batched(lookup) => return Ok((None, lookup.get_on_primary(hash).await?)),
-            Keys::Routed(database) => database,
+        let database = match self {
+            Self::Batched(lookup) => return Ok((None, lookup.get_on_primary(hash).await?)),
+            Self::Routed(database) => database,
         };
         let select = async |sql: &str, value: &(dyn ToSql + Sync)| {
             database.read_on_primary(sql, &[&hash, value]).await
